@@ -1,0 +1,32 @@
+r"""LoRA (Hu et al. 2021, arXiv:2106.09685) in closed form: what autograd has to agree with.
+
+    y = x W^T + s (x A^T) B^T        x [M, I]   W [O, I] frozen   A [r, I]   B [O, r]   s = alpha / r
+
+W + s B A is the weight that the layer behaves as; A starts Gaussian and B zero, so training starts from W itself.
+"""
+
+from torch import Tensor
+
+
+def forward(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Returns y [M, O]."""
+    return x @ W.T + scale * (x @ A.T) @ B.T
+
+
+def gradients(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Returns (dx [M, I], dA [r, I], dB [O, r]) for the gradient dy [M, O] of the loss by y.
+
+    dx = dy W + s (dy B) A        dA = s (dy B)^T x        dB = s dy^T (x A^T)
+
+    At the start B = 0, so dA = 0 too: the first step moves B alone.
+    """
+    dx = dy @ W + scale * (dy @ B) @ A
+    dA = scale * (dy @ B).T @ x
+    dB = scale * dy.T @ (x @ A.T)
+    return dx, dA, dB
+
+
+def merged_weight(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Returns W + s B A [O, I], summed in float32 (float64 for float64) and rounded once to W's dtype."""
+    wide = W.to(A.dtype)
+    return (wide + scale * (B @ A)).to(W.dtype)

@@ -1,0 +1,64 @@
+"""Files that are whole or are not there: every write goes to a temporary file in the same folder, fsync, rename."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+@contextmanager
+def atomic(*paths: Path) -> Iterator[list[Path]]:
+    """Yields a temporary path for each of `paths`, in its folder; on leaving without an error all are moved into place.
+
+    On an error (a full disk, Ctrl-C) the temporary files are removed and the old ones stay. A kill leaves the old ones too.
+    """
+    temporary = [path.with_name(f".{path.name}.partial") for path in paths]
+    try:
+        yield temporary
+        for path in temporary:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        for path, target in zip(temporary, paths, strict=True):
+            path.replace(target)
+        folder = os.open(paths[0].parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the renames themselves
+        finally:
+            os.close(folder)
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    with atomic(path) as (temporary,):
+        temporary.write_text(text)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """safetensors' save_file with an error that says which file."""
+    try:
+        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, path, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Returns (tensors, metadata) of a safetensors file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is cut short or damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short and cannot be read ({error}): copy or save it again") from error

@@ -1,0 +1,113 @@
+r"""The two differentiable products. Both keep the packed weight for the backward, never a dense one.
+
+Dimension letters: M rows of x (batch times length), I in_features, O out_features, r rank.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minilora import ops
+from minilora.weight import DTYPES, NF4Weight
+
+
+class _NF4Linear(torch.autograd.Function):
+    """y = x W^T; dx = dy W. W is frozen: it has no gradient, so x need not be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, shape: Any, block_size: int, *weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*weight)
+        ctx.layout = shape, block_size
+        return ops.nf4_linear(x, *weight, bias, shape, block_size)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = ops.nf4_linear_backward(dy, *ctx.saved_tensors, *ctx.layout)
+        if ctx.needs_input_grad[1]:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+        return dx, dbias, None, None, None, None, None, None
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in the dtype that a matrix product has under the autocast in force, as nn.functional.linear does."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    r"""Returns y = x W^T + bias with W in NF4, differentiable by x and bias.
+
+    Args:
+        x: float32, bfloat16, float16 or float64 [.., I]. W is decoded to this dtype; under autocast both follow autocast.
+        w: a quantized weight of shape [O, I].
+        bias: [O] or None.
+
+    Returns:
+        y [.., O], in x's dtype.
+
+    Raises:
+        ValueError: the last size of x is not I, or `w` is not a matrix.
+        TypeError: x is not floating point.
+
+    Example:
+        >>> w = minilora.quantize_nf4(torch.randn(32, 64))
+        >>> nf4_linear(torch.randn(2, 5, 64), w).shape
+        torch.Size([2, 5, 32])
+    """
+    if len(w.shape) != 2 or x.shape[-1:] != w.shape[1:]:
+        raise ValueError(
+            f"x {tuple(x.shape)} does not fit an NF4 weight {tuple(w.shape)}: x must be [.., in], the weight [out, in]"
+        )
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x is {x.dtype}: nf4_linear takes float32, bfloat16, float16 or float64")
+    x = _autocast(x)
+    bias = None if bias is None else bias.to(x.dtype)
+    return _NF4Linear.apply(x, bias, w.shape, w.block_size, *w.tensors)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """Returns x W^T + bias for a dense or a quantized weight."""
+    if isinstance(weight, NF4Weight):
+        return nf4_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def lora_linear(
+    x: Tensor,
+    base: Tensor | NF4Weight,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    r"""Returns y = x W^T + bias + s (drop(x) A^T) B^T   (LoRA, arXiv:2106.09685, equation 3).
+
+    Args:
+        x: [.., I], floating point.
+        base: W [O, I], dense or NF4.
+        A: [r, I], B: [O, r]. Any float dtype: they compute in x's (under autocast: autocast's).
+        scale: s = alpha / r.
+        bias: [O] or None.
+        dropout: probability with which an element of x is dropped on the adapter's path; 0 when not training.
+
+    Returns:
+        y [.., O], in x's dtype.
+
+    Example:
+        >>> W, A, B = torch.randn(32, 64), torch.randn(8, 64), torch.zeros(32, 8)
+        >>> x = torch.randn(5, 64)
+        >>> bool((lora_linear(x, W, A, B, scale=2.0) == x @ W.T).all())      # B = 0: nothing is changed yet
+        True
+    """
+    x = _autocast(x)
+    rows = x.reshape(-1, x.shape[-1])  # [M, I]
+    y = linear(rows, base, bias)
+    z = F.linear(F.dropout(rows, dropout) if dropout else rows, A.to(x.dtype))  # [M, r]
+    y.addmm_(z, B.to(x.dtype).T, alpha=scale)  # in place: y is read and written once more, not copied
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,85 @@
+"""The operators `torch.ops.minilora.*`: one schema each, and PyTorch's dispatcher chooses the kernel.
+
+    CPU -> kernels/cpu (Numba)        CUDA -> kernels/gpu (Triton), with the issue that builds it
+    any other device -> kernels/reference        meta, torch.compile -> the fakes below, shapes only
+
+No autograd here (functional.py has it) and no validation (weight.py and functional.py have it). Kernels are imported at their
+first call, so `import minilora` pays neither for Numba nor for Triton. Products are operators of their own and not a
+composition with `dequantize`: torch.compile would merge the forward's dense weight with the backward's and keep it.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
+
+_SCHEMAS = {  # operator: (module of the kernel, signature)
+    "quantize": ("nf4", "(Tensor x, int block_size) -> (Tensor, Tensor)"),
+    "double_quantize": ("nf4", "(Tensor absmax) -> (Tensor, Tensor, Tensor)"),
+    "double_dequantize": ("nf4", "(Tensor codes, Tensor absmax2, Tensor offset) -> Tensor"),
+    "dequantize": ("nf4", f"({_WEIGHT}, SymInt[] shape, ScalarType dtype, int block_size) -> Tensor"),
+    "nf4_linear": ("matmul", f"(Tensor x, {_WEIGHT}, Tensor? bias, SymInt[] shape, int block_size) -> Tensor"),
+    "nf4_linear_backward": ("matmul", f"(Tensor dy, {_WEIGHT}, SymInt[] shape, int block_size) -> Tensor"),
+}
+
+
+def _kernel(room: str, module: str, name: str) -> Callable[..., Any]:
+    """Returns a function that imports minilora.kernels.<room>.<module> when it is first called."""
+
+    @functools.cache
+    def load() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"minilora.kernels.{room}.{module}"), name)  # type: ignore[no-any-return]
+
+    def call(*args: Any) -> Any:
+        with torch.autocast(args[0].device.type, enabled=False):  # the fakes promise the input's dtype
+            return load()(*args)
+
+    return call
+
+
+def _fake_quantize(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    packed = x.new_empty((x.numel() + 1) // 2, dtype=torch.uint8)
+    return packed, x.new_empty((x.numel() + block_size - 1) // block_size, dtype=torch.float32)
+
+
+def _fake_double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    groups = (absmax.numel() + 255) // 256
+    return torch.empty_like(absmax, dtype=torch.uint8), absmax.new_empty(groups), absmax.new_empty(())
+
+
+def _fake_double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+def _fake_dequantize(packed: Tensor, absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None, *layout: Any) -> Tensor:
+    shape, dtype, _ = layout
+    return packed.new_empty(shape, dtype=dtype)
+
+
+def _fake_nf4_linear(x: Tensor, *weight: Any) -> Tensor:
+    *_, shape, _ = weight
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+def _fake_nf4_linear_backward(dy: Tensor, *weight: Any) -> Tensor:
+    *_, shape, _ = weight
+    return dy.new_empty((*dy.shape[:-1], shape[1]))
+
+
+for _name, (_module, _signature) in _SCHEMAS.items():
+    torch.library.define(f"minilora::{_name}", _signature)
+    torch.library.impl(f"minilora::{_name}", "CompositeExplicitAutograd", _kernel("reference", _module, _name))
+    torch.library.impl(f"minilora::{_name}", "CPU", _kernel("cpu", _module, _name))
+    torch.library.register_fake(f"minilora::{_name}", globals()[f"_fake_{_name}"])
+
+quantize = torch.ops.minilora.quantize.default
+double_quantize = torch.ops.minilora.double_quantize.default
+double_dequantize = torch.ops.minilora.double_dequantize.default
+dequantize = torch.ops.minilora.dequantize.default
+nf4_linear = torch.ops.minilora.nf4_linear.default
+nf4_linear_backward = torch.ops.minilora.nf4_linear_backward.default

@@ -1,0 +1,179 @@
+"""A dry run: what `inject` and `quantize` would touch and what the run will hold in memory, before anything is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from minilora.modules import NF4Linear, check_adapter, check_base
+from minilora.targets import DEFAULT_EXCLUDE, LINEAR, Targets, resolve, sites
+from minilora.weight import GROUP, check_block_size
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer that would be wrapped: its name and size [out, in], the adapter's parameters, the base's bytes."""
+
+    name: str
+    out_features: int
+    in_features: int
+    adapter_parameters: int
+    base_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found. `print` shows a table.
+
+    Attributes:
+        rows: the layers that would get an adapter.
+        left_out: linear layers that would not.
+        parameters: the model's parameters, a tied one counted once.
+        trainable: parameters that would be trained.
+        bytes: by kind: "quantized", "dense" (what stays as it is), "adapters", "gradients", "optimizer" (AdamW's two states).
+    """
+
+    model: str
+    r: int
+    quantize: bool
+    rows: tuple[Row, ...]
+    left_out: tuple[str, ...]
+    parameters: int
+    trainable: int
+    bytes: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, adapters, gradients and optimizer; activations come on top and depend on batch and length."""
+        return sum(self.bytes.values())
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, int, int], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.name.rpartition(".")[2], row.out_features, row.in_features), []).append(row)
+        width = max(len("left out"), *(len(key[0]) for key in groups))
+        lines = [
+            f"{self.model}: {self.parameters:,} parameters, {self.trainable:,} to train ({self.trainable / self.parameters:.2%})"
+        ]
+        lines += [f"  {'layer':<{width}}  {'out x in':>13}  count  {'adapter':>11}  {'base':>9}"]
+        for (name, o, i), rows in groups.items():
+            size, adapter = f"{o} x {i}", sum(row.adapter_parameters for row in rows)
+            lines += [
+                f"  {name:<{width}}  {size:>13}  {len(rows):>5}  {adapter:>11,}  {amount(sum(r.base_bytes for r in rows)):>9}"
+            ]
+        if self.left_out:
+            shown = ", ".join(self.left_out[:4]) + (f" and {len(self.left_out) - 4} more" if len(self.left_out) > 4 else "")
+            lines += [f"  {'left out':<{width}}  {shown}"]
+        lines += ["  " + ", ".join(f"{kind} {amount(n)}" for kind, n in self.bytes.items() if n)]
+        lines += [f"  together {amount(self.total_bytes)}, and the activations"]
+        return "\n".join(lines)
+
+
+def amount(n: float) -> str:
+    """Bytes as a person reads them, in powers of ten: 12.3 MB."""
+    if n < 1000:
+        return f"{n:.0f} B"
+    for unit in ("kB", "MB"):
+        n /= 1000
+        if n < 1000:
+            return f"{n:.1f} {unit}"
+    return f"{n / 1000:.2f} GB"
+
+
+def nf4_bytes(n: int, block_size: int = 64, double_quant: bool = True) -> int:
+    """Bytes of n weights in NF4: 4 bits each, an absmax a block, and with double quantization an absmax2 a group of 256.
+
+    Example:
+        >>> nf4_bytes(4096 * 4096) * 8 / 4096**2
+        4.126955032348633
+    """
+    blocks = -(-n // block_size)
+    constants = blocks + 4 * -(-blocks // GROUP) + 4 if double_quant else 4 * blocks
+    return (n + 1) // 2 + constants
+
+
+def plan(
+    model: nn.Module | Any,
+    r: int = 8,
+    *,
+    alpha: float | None = None,
+    targets: Targets = "all-linear",
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    train_also: Sequence[str] = (),
+    quantize: bool = True,
+    block_size: int = 64,
+    double_quant: bool = True,
+) -> Plan:
+    """Returns what `quantize` and `inject` with these arguments would do, and the bytes that a run holds. Changes nothing.
+
+    Args:
+        model: a module, on any device (the meta device too); a transformers config; or a folder or hub name, of which the config
+            alone is read.
+        r, alpha, targets, exclude, train_also: as for `inject`.
+        quantize: the base in NF4; False: as it is.
+        block_size, double_quant: as for `quantize`.
+
+    Raises:
+        ValueError: what `inject` would raise: a target that matches nothing, a rank that a layer cannot have.
+
+    Example:
+        >>> p = plan(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8)), r=4)
+        >>> p.trainable, [row.name for row in p.rows]
+        (800, ['0', '1'])
+    """
+    from minilora.surgery import parameters_named
+
+    check_block_size(block_size)
+    title = type(model).__name__ if isinstance(model, nn.Module) else str(model)
+    if not isinstance(model, nn.Module):
+        model = _on_meta(model)
+        title = type(model).__name__ if "\n" in title else title
+    chosen = resolve(model, targets, exclude)
+    size = {"quantized": 0, "dense": sum(p.nbytes for p in model.parameters())}
+    rows = []
+    for name, site in chosen.items():
+        layer = site.layer
+        check_base(layer, name)
+        check_adapter(layer, r, alpha, 0.0, name)
+        n = layer.in_features * layer.out_features
+        nbytes: int = layer.weight.nbytes
+        if isinstance(layer, NF4Linear) or quantize:
+            size["dense"] -= nbytes
+            nbytes = layer.weight.nbytes if isinstance(layer, NF4Linear) else nf4_bytes(n, block_size, double_quant)
+            size["quantized"] += nbytes
+        rows.append(Row(name, layer.out_features, layer.in_features, r * (layer.in_features + layer.out_features), nbytes))
+    adapters = sum(row.adapter_parameters for row in rows)
+    also = parameters_named(model, train_also)
+    trainable = adapters + sum(p.numel() for p in also)
+    size["adapters"] = 4 * adapters
+    size["gradients"] = 4 * adapters + sum(p.nbytes for p in also)
+    size["optimizer"] = 2 * size["gradients"]
+    return Plan(
+        model=title,
+        r=r,
+        quantize=quantize,
+        rows=tuple(rows),
+        left_out=tuple(name for name in sites(model, LINEAR) if name not in chosen),
+        parameters=_count(model),
+        trainable=trainable,
+        bytes=size,
+    )
+
+
+def _count(model: nn.Module) -> int:
+    """Weights, not stored elements: a quantized layer counts as the dense one it stands for."""
+    ours = [site.layer for site in sites(model, (NF4Linear,)).values()]
+    packed = {id(p) for layer in ours for p in (layer.packed, layer.absmax, layer.absmax2, layer.offset)}
+    dense = sum(p.numel() for p in model.parameters() if id(p) not in packed)
+    return dense + sum(int(layer.in_features * layer.out_features) for layer in ours)
+
+
+def _on_meta(source: Any) -> nn.Module:
+    """A transformers config, or the name of a model, as an empty model on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source) if isinstance(source, str) or hasattr(source, "__fspath__") else source
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
