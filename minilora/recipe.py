@@ -1,0 +1,269 @@
+"""One explicit training loop. Read `train` for QLoRA's recipe, `finetune` for what a run does around it."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.checkpoint import save_adapter
+from minilora.data import IGNORE, Example, batch_order, collate, load_examples
+from minilora.files import write_text
+from minilora.hf import load_dense, pad_id, pick_device
+from minilora.plan import amount
+from minilora.surgery import adapter_parameters, inject, quantize_steps
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What a run is made of. Every field is also a flag of `minilora finetune`.
+
+    Attributes:
+        model: folder or hub id of a causal language model, or "smollm2", the embedded one.
+        data: JSONL or a text file: see `minilora.data`.
+        out: folder for the adapter, metrics and report.
+        r, alpha, targets, dropout: as for `inject`.
+        lr: peak of the learning rate; it warms up over 3 % of the steps and falls to zero on a cosine.
+        steps: optimizer steps; None: `epochs` decides.
+        epochs: passes over the training examples.
+        batch_size: sequences in a forward pass.
+        grad_accum: forward passes in a step. The loss is averaged over the learned tokens of the whole step.
+        max_length: tokens in a sequence.
+        weight_decay, clip: AdamW's decay; the norm that gradients are clipped to.
+        quantize: the base in NF4; False: as it is (plain LoRA).
+        learn_prompt: learn the prompt too, not the answer alone.
+        eval_fraction: share of the examples held out; 0: none.
+        seed: decides the adapter's start, the hold-out and the order.
+        device: "cpu", "cuda"; None: the GPU if there is one.
+    """
+
+    model: str
+    data: str
+    out: str
+    r: int = 16
+    alpha: float | None = None
+    targets: str | Sequence[str] = "all-linear"
+    dropout: float = 0.0
+    lr: float = 2e-4
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 8
+    grad_accum: int = 1
+    max_length: int = 512
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    quantize: bool = True
+    learn_prompt: bool = False
+    eval_fraction: float = 0.05
+    seed: int = 0
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "grad_accum", "max_length", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: at least 1")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction={self.eval_fraction}: at least 0 and less than 1")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr={self.lr}: above 0 and finite")
+        if self.steps is None and not self.epochs > 0:
+            raise ValueError(f"epochs={self.epochs}: above 0")
+
+    def steps_for(self, examples: int) -> int:
+        """Optimizer steps of a run over so many training examples."""
+        return self.steps or max(1, round(self.epochs * examples / (self.batch_size * self.grad_accum)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step reports: mean loss (nats a learned token), learned tokens, tokens in all, seconds."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    learned: int
+    tokens: int
+    seconds: float
+
+
+@dataclass
+class Result:
+    """What `finetune` returns: the trained model, its tokenizer, the loss on the hold-out before and after, every step."""
+
+    model: nn.Module
+    tokenizer: Any
+    out: Path
+    eval_before: float | None
+    eval_after: float | None
+    history: list[Step] = field(default_factory=list)
+
+
+def schedule(step: int, steps: int) -> float:
+    """The share of the peak learning rate at step 0, 1, ... : linear warm-up over 3 %, then half a cosine down to zero."""
+    warmup = max(1, round(0.03 * steps))
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The sum over learned tokens of -log p(token | what stands before it), in float32."""
+    labels = batch["labels"][:, 1:]
+    learned = labels != IGNORE
+    with _only(learned, model):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    if logits.dim() == 3:  # a model without a head that could be told
+        logits = logits[:, :-1][learned]
+    return F.cross_entropy(logits.float(), labels[learned], reduction="sum")
+
+
+@contextmanager
+def _only(learned: Tensor, model: nn.Module) -> Iterator[None]:
+    """Inside the block the output head sees the hidden states of the learned tokens alone, [learned, width].
+
+    With a vocabulary of 49,152 the logits are the largest tensor of a small model's step, and most tokens are not learned.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][:, :-1][learned], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def train(model: nn.Module, examples: Sequence[Example], config: FinetuneConfig, *, pad: int) -> Iterator[Step]:
+    """Trains an injected model and yields a `Step` after each optimizer step. Only the adapter's parameters change."""
+    parameters = adapter_parameters(model)
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    steps, in_a_step = config.steps_for(len(examples)), config.batch_size * config.grad_accum
+    model.train()
+    for step in range(steps):
+        start = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * schedule(step, steps)
+        picked = [examples[i] for i in batch_order(len(examples), in_a_step, config.seed, step)]
+        picked.sort(key=lambda e: len(e.ids))  # micro-batches of like lengths: less padding, the same sum
+        learned = sum(e.learned for e in picked)  # over the whole step: a token weighs the same in any micro-batch
+        loss = 0.0
+        for i in range(0, in_a_step, config.batch_size):
+            batch = to_device(collate(picked[i : i + config.batch_size], pad), device)
+            part = token_losses(model, batch) / learned
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.item()
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip).item()
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(
+                f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}. The parameters are those of step {step}; "
+                "lower the learning rate, or look at what is in the batch."
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens = sum(len(e.ids) for e in picked)
+        lr = optimizer.param_groups[0]["lr"]
+        yield Step(step + 1, loss, lr, norm, learned, tokens, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, examples: Sequence[Example], *, batch_size: int = 8, pad: int = 0) -> float:
+    """Returns the mean loss in nats a learned token, over all examples. Leaves the model in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    ordered = sorted(examples, key=lambda e: len(e.ids))  # like lengths together: less padding
+    total = 0.0
+    for i in range(0, len(ordered), batch_size):
+        total += token_losses(model, to_device(collate(ordered[i : i + batch_size], pad), device)).item()
+    model.train(was_training)
+    return total / sum(e.learned for e in examples)
+
+
+def bar(what: str, total: int | None = None) -> Any:
+    """A progress bar; silent where the output is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(desc=what, total=total, disable=None, dynamic_ncols=True)
+
+
+def quantize_with_bar(model: nn.Module) -> None:
+    with bar("quantize") as progress:
+        for done, total in quantize_steps(model):
+            progress.total = total
+            progress.update(done - progress.n)
+
+
+def train_with_bar(model: nn.Module, examples: Sequence[Example], config: FinetuneConfig, *, pad: int) -> list[Step]:
+    """Runs `train` to its end, shows its progress, and writes a line a step to `metrics.jsonl`."""
+    history: list[Step] = []
+    with bar("train", config.steps_for(len(examples))) as progress, (Path(config.out) / "metrics.jsonl").open("w") as metrics:
+        for step in train(model, examples, config, pad=pad):
+            history.append(step)
+            progress.set_postfix_str(f"loss {step.loss:.3f}, {step.tokens / step.seconds:.0f} tokens/s, {amount(peak_memory())}")
+            progress.update()
+            metrics.write(json.dumps(asdict(step)) + "\n")
+            metrics.flush()
+    return history
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held: on the GPU if it has used one, else in main memory."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else 1024 * kilobytes
+
+
+def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Splits into (to train on, held out), at random."""
+    count = round(len(examples) * fraction)
+    if count >= len(examples):
+        raise ValueError(f"eval_fraction={fraction} leaves none of {len(examples)} examples to train on")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [examples[i] for i in order[count:]], [examples[i] for i in order[:count]]
+
+
+def finetune(config: FinetuneConfig) -> Result:
+    """Loads, quantizes, injects, trains and saves: see `FinetuneConfig`.
+
+    Writes to `config.out`: the adapter (`save_adapter`), `config.json`, `metrics.jsonl` with a line a step.
+
+    Raises:
+        ValueError, FileNotFoundError: from the config, the data or the model, before anything is written.
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)  # dropout
+    model, tokenizer = load_dense(config.model, device=device)
+    examples = load_examples(config.data, tokenizer, config.max_length, learn_prompt=config.learn_prompt)
+    training, held_out = hold_out(examples, config.eval_fraction, config.seed)
+    if config.quantize:
+        quantize_with_bar(model)
+    inject(model, config.r, alpha=config.alpha, targets=config.targets, dropout=config.dropout, seed=config.seed)
+    pad = pad_id(tokenizer)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+    before = evaluate(model, held_out, batch_size=config.batch_size, pad=pad) if held_out else None
+    history = train_with_bar(model, training, config, pad=pad)
+    after = evaluate(model, held_out, batch_size=config.batch_size, pad=pad) if held_out else None
+    save_adapter(model, out)
+    return Result(model, tokenizer, out, before, after, history)

@@ -1,0 +1,42 @@
+"""What every test runs under: no network, one thread a worker, hypothesis without deadlines; and one small language model."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(1)  # workers that spin against each other are ten times slower
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., Any]:
+    """Returns a function that makes a small random Llama, the same for the same seed: 2 layers, hidden 64, two kv heads."""
+    transformers = pytest.importorskip("transformers", reason="the language model in these tests is a transformers Llama")
+
+    def make(tie_word_embeddings: bool = False, seed: int = 0) -> Any:
+        config = transformers.LlamaConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=128,
+            max_position_embeddings=64,
+            tie_word_embeddings=tie_word_embeddings,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return transformers.LlamaForCausalLM(config).eval()
+
+    return make
