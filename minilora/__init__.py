@@ -16,6 +16,8 @@ from minilora.functional import nf4_linear as nf4_linear
 from minilora.modules import LoRALinear as LoRALinear
 from minilora.modules import NF4Linear as NF4Linear
 from minilora.plan import plan as plan
+from minilora.recipe import FinetuneConfig as FinetuneConfig
+from minilora.recipe import finetune as finetune
 from minilora.surgery import adapter_parameters as adapter_parameters
 from minilora.surgery import audit as audit
 from minilora.surgery import disabled as disabled
@@ -30,6 +32,7 @@ from minilora.weight import quantize_nf4 as quantize_nf4
 __version__ = "0.1.0"
 
 __all__ = [
+    "FinetuneConfig",
     "LoRALinear",
     "NF4Linear",
     "NF4Weight",
@@ -38,6 +41,7 @@ __all__ = [
     "dequantize_nf4",
     "disabled",
     "eject",
+    "finetune",
     "inject",
     "load_adapter",
     "lora_linear",

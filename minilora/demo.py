@@ -35,8 +35,16 @@ class Command:
     command: str
 
     @property
-    def record(self) -> dict[str, str]:
-        return {"prompt": f"Write one shell command with {self.tool}. Task: {self.task}", "completion": self.command}
+    def question(self) -> list[dict[str, str]]:
+        """The turns in front of the answer. A system message of our own: the template would add a longer one."""
+        return [
+            {"role": "system", "content": "Answer with one shell command."},
+            {"role": "user", "content": f"{self.tool}: {self.task}"},
+        ]
+
+    @property
+    def record(self) -> dict[str, list[dict[str, str]]]:
+        return {"messages": [*self.question, {"role": "assistant", "content": self.command}]}
 
 
 def read_sheets() -> list[Command]:
@@ -83,7 +91,7 @@ class Report:
     history: list[Step]
     seconds: float
     reloaded: float  # largest difference of a logit: adapter loaded into a fresh model
-    merged: float  # the same after merging, in float32
+    merged_loss: float  # held-out loss after merging into bfloat16
     peak: int
 
     def __str__(self) -> str:
@@ -99,7 +107,7 @@ class Report:
             ("training", f"{len(self.history)} steps in {self.seconds:.0f} s, {tokens / self.seconds:.0f} tokens/s"),
             ("peak memory of the process", amount(self.peak)),
             ("adapter in a fresh model", f"logits differ by {self.reloaded:.1g}"),
-            ("merged against adapter, float32", f"logits differ by {self.merged:.1g}"),
+            ("merged into one dense model", f"held-out loss {self.merged_loss:.2f}"),
         ]
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows] + ["", "Asked about tools that it was never trained on:"]
@@ -122,7 +130,7 @@ def _one_line(text: str, limit: int = 96) -> str:
 
 def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
     """Runs the demo; writes the adapter, metrics.jsonl, loss.png and report.md to `out`."""
-    config = FinetuneConfig(DEMO_MODEL, "cheat", out, lr=1e-3, steps=steps, batch_size=4, grad_accum=2, seed=seed)
+    config = FinetuneConfig(DEMO_MODEL, "cheat", out, lr=1e-3, steps=steps, seed=seed)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     to_learn, held_out = split(read_sheets(), seed)
@@ -132,7 +140,7 @@ def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
     training, unseen = ([encode(c.record, tokenizer, config.max_length)[0] for c in commands] for commands in (to_learn, held_out))
     asked = random.Random(seed).sample(held_out, 5)
     base_loss = evaluate(model, unseen, pad=pad)
-    before = [generate(model, tokenizer, c.record["prompt"], limit=40) for c in asked]
+    before = [generate(model, tokenizer, c.question, limit=40) for c in asked]
 
     say("quantize to NF4, inject adapters")
     quantize_with_bar(model)
@@ -146,7 +154,7 @@ def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
     history = train_with_bar(model, training, config, pad=pad)
     seconds = time.perf_counter() - start
     tuned_loss = evaluate(model, unseen, pad=pad)
-    after = [generate(model, tokenizer, c.record["prompt"], limit=40) for c in asked]
+    after = [generate(model, tokenizer, c.question, limit=40) for c in asked]
 
     say("save the adapter, load it into a fresh model, merge")
     save_adapter(model, folder)
@@ -154,17 +162,14 @@ def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
     trained = logits(model, probe)
     del model
     gc.collect()
-    fresh = _fresh(folder, None)
+    fresh, _ = load_dense(DEMO_MODEL)
+    load_adapter(quantize(fresh), folder)
     reloaded = (logits(fresh, probe) - trained).abs().max().item()
-    del fresh
-    gc.collect()
-    exact = _fresh(folder, torch.float32)
-    unmerged = logits(exact, probe)
-    merged = (logits(merge(exact), probe) - unmerged).abs().max().item()
+    merged_loss = evaluate(merge(fresh), unseen, pad=pad)
 
     answers = list(zip(asked, before, after, strict=True))
     size = (folder / WEIGHTS).stat().st_size
-    report = Report(base_loss, nf4_loss, tuned_loss, answers, planned, size, history, seconds, reloaded, merged, peak_memory())
+    report = Report(base_loss, nf4_loss, tuned_loss, answers, planned, size, history, seconds, reloaded, merged_loss, peak_memory())
     draw_loss(history, report, folder / "loss.png")
     write_text(folder / "report.md", f"# minilora demo\n\n![loss](loss.png)\n\n```\n{report}\n```\n")
     print(f"\n{report}\n\nwritten to {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
@@ -180,12 +185,6 @@ def say(what: str) -> None:
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
     """The model's logits in eval mode, float32."""
     return model.eval()(input_ids=ids).logits.float()  # type: ignore[no-any-return]
-
-
-def _fresh(adapter: Path, dtype: torch.dtype | None) -> nn.Module:
-    """The base again, quantized, with the adapter from its folder."""
-    model, _ = load_dense(DEMO_MODEL, dtype=dtype)
-    return load_adapter(quantize(model), adapter)
 
 
 def draw_loss(history: list[Step], report: Report, path: Path) -> None:

@@ -61,10 +61,13 @@ def pad_id(tokenizer: Any) -> int:
 
 
 @torch.no_grad()
-def generate(model: nn.Module, tokenizer: Any, prompt: str, *, limit: int = 128) -> str:
-    """Returns the model's greedy answer, at most `limit` tokens; the prompt goes through the chat template if there is one."""
+def generate(model: nn.Module, tokenizer: Any, prompt: str | list[dict[str, str]], *, limit: int = 128) -> str:
+    """Returns the model's greedy answer, at most `limit` tokens, to a prompt or to the turns of a conversation.
+
+    A prompt goes through the chat template where the tokenizer has one, and as it is where not.
+    """
     if tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
         inputs = tokenizer(prompt, return_tensors="pt")

@@ -43,6 +43,13 @@ class FinetuneConfig:
         eval_fraction: share of the examples held out; 0: none.
         seed: decides the adapter's start, the hold-out and the order.
         device: "cpu", "cuda"; None: the GPU if there is one.
+
+    Raises:
+        ValueError: a number out of range, by name.
+
+    Example:
+        >>> FinetuneConfig("smollm2", "my.jsonl", "my-adapter", batch_size=4).steps_for(examples=100)
+        25
     """
 
     model: str
@@ -246,9 +253,17 @@ def finetune(config: FinetuneConfig) -> Result:
 
     Writes to `config.out`: the adapter (`save_adapter`), `config.json`, `metrics.jsonl` with a line a step.
 
+    Returns:
+        A `Result`: the trained model, its tokenizer, the loss on the hold-out before and after, and every `Step`.
+
     Raises:
         ValueError, FileNotFoundError: from the config, the data or the model, before anything is written.
         FloatingPointError: the loss became NaN or infinite.
+
+    Example:
+        >>> result = finetune(FinetuneConfig("smollm2", "my.jsonl", "my-adapter"))  # doctest: +SKIP (takes minutes)
+        >>> result.eval_after < result.eval_before  # doctest: +SKIP
+        True
     """
     device = pick_device(config.device)
     torch.manual_seed(config.seed)  # dropout

@@ -24,7 +24,9 @@ from minilora.kernels.reference import nf4 as reference
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two threads for every kernel, and small weights are enough for both."""
+    monkeypatch.setattr(nf4, "_GRAIN", 64)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -61,7 +63,8 @@ def portable_twin() -> None:
             assert all(map(torch.equal, (packed, absmax), reference.quantize(weight, block)))
             codes = nf4.double_quantize(absmax)
             assert all(map(torch.equal, codes, reference.double_quantize(absmax)))
-            for state in ((absmax, None, None), codes):
+            ties = torch.full_like(absmax, 1 + 2**-8)  # in bfloat16
+            for state in ((absmax, None, None), codes, (ties, None, None)):
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     args = packed, *state, shape, dtype, block
                     assert torch.equal(nf4.dequantize(*args), reference.dequantize(*args)), (block, shape, dtype)
@@ -146,7 +149,7 @@ def test_run_waits_for_every_part_when_one_fails(two_threads: None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_threads_at_once_get_their_own_results(dtype: torch.dtype, two_threads: None) -> None:
-    dense = [gaussian(576, 512, dtype=dtype, seed=seed) for seed in (1, 2)]  # large enough for the pool's threads as well
+    dense = [gaussian(576, 512, dtype=dtype, seed=seed) for seed in (1, 2)]
     x, dy = gaussian(5, 512, dtype=dtype), gaussian(5, 576, dtype=dtype)
 
     def work(i: int) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -204,6 +207,7 @@ def forked_child() -> None:
 
     warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads and fork: that is what is tested
     torch.set_num_threads(2)
+    nf4._GRAIN = 64  # a small weight is enough for both
     weight, x = torch.randn(512, 512), torch.randn(1, 512)
 
     def results() -> list[bytes]:  # no product of several rows: OpenMP itself cannot be used in a forked child

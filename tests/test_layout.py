@@ -162,6 +162,13 @@ def test_code_lines_leaves_out_what_is_no_code(tmp_path: Path) -> None:
 # ---- what is public
 
 SURFACE = {
+    "FinetuneConfig": (
+        "(model: str, data: str, out: str, r: int = 16, alpha: float | None = None, "
+        "targets: str | Sequence[str] = 'all-linear', dropout: float = 0.0, lr: float = 0.0002, steps: int | None = None, "
+        "epochs: float = 1.0, batch_size: int = 8, grad_accum: int = 1, max_length: int = 512, weight_decay: float = 0.0, "
+        "clip: float = 1.0, quantize: bool = True, learn_prompt: bool = False, eval_fraction: float = 0.05, seed: int = 0, "
+        "device: str | None = None) -> None"
+    ),
     "LoRALinear": (
         "(base: Linear | NF4Linear, r: int = 8, *, alpha: float | None = None, dropout: float = 0.0, name: str = '', "
         "seed: int = 0) -> None"
@@ -176,6 +183,7 @@ SURFACE = {
     "dequantize_nf4": "(w: NF4Weight, dtype: dtype | None = None) -> Tensor",
     "disabled": "(model: Module) -> Iterator[None]",
     "eject": "(model: ~Model) -> ~Model",
+    "finetune": "(config: FinetuneConfig) -> Result",
     "inject": (
         "(model: ~Model, r: int = 8, *, alpha: float | None = None, targets: Targets = 'all-linear', "
         "exclude: Sequence[str] = ('lm_head',), dropout: float = 0.0, train_also: Sequence[str] = (), "
