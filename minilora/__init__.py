@@ -13,6 +13,7 @@ from minilora.checkpoint import load_adapter as load_adapter
 from minilora.checkpoint import save_adapter as save_adapter
 from minilora.functional import lora_linear as lora_linear
 from minilora.functional import nf4_linear as nf4_linear
+from minilora.merging import merge as merge
 from minilora.modules import LoRALinear as LoRALinear
 from minilora.modules import NF4Linear as NF4Linear
 from minilora.plan import plan as plan
@@ -23,7 +24,6 @@ from minilora.surgery import audit as audit
 from minilora.surgery import disabled as disabled
 from minilora.surgery import eject as eject
 from minilora.surgery import inject as inject
-from minilora.surgery import merge as merge
 from minilora.surgery import quantize as quantize
 from minilora.weight import NF4Weight as NF4Weight
 from minilora.weight import dequantize_nf4 as dequantize_nf4

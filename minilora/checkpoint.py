@@ -7,13 +7,14 @@ would change nothing: each is an error with names, because each has been a silen
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from minilora.files import atomic, read_tensors, write_tensors
+from minilora.files import atomic, partial, read_tensors, write_tensors
 from minilora.modules import LoRALinear
 from minilora.surgery import AdapterSpec, adapters, attach
 from minilora.targets import LINEAR, is_named, sites
@@ -22,7 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_HASH = "adapter_config_sha256"
+_HASH, _SUM, _NAME = "adapter_config_sha256", "tensors_sha256", "minilora_name"
 
 # PEFT's LoraConfig (0.21): what is read here, and what says nothing about the function that the saved tensors compute.
 # Any other option that is set means a variant that we do not have.
@@ -30,8 +31,11 @@ _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_
 _HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "inference_mode", "init_lora_weights"),
     *("layers_pattern", "layers_to_transform", "loftq_config", "megatron_core", "peft_version", "qalora_group_size", "revision"),
-    *("runtime_config", "target_modules", "task_type", "eva_config", "corda_config", "lora_ga_config", "minilora_name"),
+    *("runtime_config", "target_modules", "task_type", "eva_config", "corda_config", "lora_ga_config"),
 }
+
+# These starts take a part of the base's weights into the adapter: on the base as it was, A and B compute another model.
+_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def canonical(name: str) -> str:
@@ -73,14 +77,30 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B
     whole = _trained_whole(model)
     tensors |= {_PREFIX + name: p for name, p in whole.items()}
-    config = _config(model, layers, sorted({name.rpartition(".")[0] for name in whole}))
+    config = _config(model, layers, sorted({name.rpartition(".")[0] for name in whole} - {""}))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / CONFIG, folder / WEIGHTS) as (config_file, weights_file):
         config_file.write_text(text)
-        write_tensors(weights_file, tensors, {_HASH: hashlib.sha256(text.encode()).hexdigest()})
+        name = next(iter(layers.values())).adapter_name
+        write_tensors(weights_file, tensors, {_HASH: _sha256(text.encode()), _SUM: _checksum(tensors), _NAME: name})
     return folder
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """safetensors has none of its own: a flipped bit in a weight would load without a word.
+
+    Of copies: `tensor.numpy()` makes the storage it shares non-resizable for good, which FSDP2 does not survive.
+    """
+    total = hashlib.sha256()
+    for key in sorted(tensors):
+        total.update(tensors[key].detach().cpu().contiguous().clone().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def _trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -100,10 +120,10 @@ def _config(model: nn.Module, layers: dict[str, LoRALinear], whole: list[str]) -
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "r": first.r,
         "lora_alpha": first.alpha,
-        "rank_pattern": {n: layer.r for n, layer in layers.items() if layer.r != first.r},
-        "alpha_pattern": {n: layer.alpha for n, layer in layers.items() if layer.alpha != first.alpha},
+        "rank_pattern": {"^" + re.escape(n): layer.r for n, layer in layers.items() if layer.r != first.r},
+        "alpha_pattern": {"^" + re.escape(n): layer.alpha for n, layer in layers.items() if layer.alpha != first.alpha},
         "lora_dropout": first.dropout,
-        "target_modules": last_parts if exact else sorted(layers),
+        "target_modules": last_parts if exact else "|".join(map(re.escape, sorted(layers))),
         "modules_to_save": whole or None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -111,7 +131,6 @@ def _config(model: nn.Module, layers: dict[str, LoRALinear], whole: list[str]) -
         "use_dora": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "minilora_name": first.adapter_name,
     }
 
 
@@ -140,7 +159,12 @@ def load_adapter(model: Model, path: str | Path, *, allow_zero: bool = False) ->
     folder = Path(path)
     config = _read_config(folder / CONFIG)
     tensors, metadata = read_tensors(folder / WEIGHTS)
-    if _HASH in metadata and metadata[_HASH] != hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest():
+    config_hash, unfinished = _sha256((folder / CONFIG).read_bytes()), partial(folder / WEIGHTS)
+    if metadata.get(_HASH, config_hash) != config_hash and unfinished.is_file():  # killed between the two renames
+        tensors, metadata = read_tensors(unfinished)
+    if metadata.get(_SUM, None) not in (None, _checksum(tensors)):
+        raise ValueError(f"{folder / WEIGHTS} is damaged: its weights are not those that were saved; copy or save it again")
+    if metadata.get(_HASH, config_hash) != config_hash:
         raise ValueError(
             f"{folder / CONFIG} is not the config that {WEIGHTS} was saved with: restore it, or save the adapter again"
         )
@@ -155,18 +179,19 @@ def load_adapter(model: Model, path: str | Path, *, allow_zero: bool = False) ->
     held = {canonical(n): layer for n, layer in adapters(model).items()}
     if not held:
         specs = {actual[n]: _spec(config, n, a.shape[0]) for n, a in A.items()}
-        attach(model, specs, train_also=[actual.get(n, n) for n in config.get("modules_to_save") or ()])
+        attach(model, specs)
         held = {canonical(n): layer for n, layer in adapters(model).items()}
     parameters = {canonical(n): p for n, p in model.named_parameters(remove_duplicate=False)}
     with torch.no_grad():
         for name, layer in held.items():
             spec = _spec(config, name, A[name].shape[0])
             layer.alpha, layer.scale, layer.dropout = float(spec.alpha or 0), float(spec.alpha or 0) / spec.r, spec.dropout
-            layer.adapter_name = config.get("minilora_name") or "default"
+            layer.adapter_name = metadata.get(_NAME, "default")
             layer.lora_A.copy_(A[name])
             layer.lora_B.copy_(B[name])
         for name, tensor in whole.items():
             parameters[name].copy_(tensor)
+            parameters[name].requires_grad_(True)
     return model
 
 
@@ -177,12 +202,16 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no peft_type: it is no adapter's config")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, minilora reads 'LORA'")
     foreign = {k: v for k, v in config.items() if k not in _READ | _HARMLESS and v and not (k == "bias" and v == "none")}
+    if str(config.get("init_lora_weights")).startswith(_MOVES_THE_BASE):
+        foreign["init_lora_weights"] = config["init_lora_weights"]
     if foreign:
         raise ValueError(f"{path} asks for what minilora does not have: " + ", ".join(f"{k}={v!r}" for k, v in foreign.items()))
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def _spec(config: dict[str, Any], name: str, r: int) -> AdapterSpec:
@@ -191,6 +220,7 @@ def _spec(config: dict[str, Any], name: str, r: int) -> AdapterSpec:
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             alpha = value
+            break
     return AdapterSpec(r, float(alpha), float(config.get("lora_dropout") or 0))
 
 

@@ -121,7 +121,7 @@ def merge(
     dense base, which is closer to the original and further from what the training saw.
     """
     from minilora.hf import load_dense
-    from minilora.surgery import merge as run
+    from minilora.merging import merge as run
 
     folder = Path(out)
     if folder.exists():

@@ -6,6 +6,7 @@ end-of-turn token, and masking by id would never teach the model to stop.
 
 import json
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,7 @@ def batch_order(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, index = divmod(position, n)
         if not picked or index == 0:
-            generator = torch.Generator().manual_seed((seed << 32 | epoch) % 2**63)
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode()))
             order = torch.randperm(n, generator=generator).tolist()
         picked.append(order[index])
     return picked

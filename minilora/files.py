@@ -10,13 +10,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
+def partial(path: Path) -> Path:
+    """Returns the temporary name of a file that is being written."""
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextmanager
 def atomic(*paths: Path) -> Iterator[list[Path]]:
     """Yields a temporary path for each of `paths`, in its folder; on leaving without an error all are moved into place.
 
     On an error (a full disk, Ctrl-C) the temporary files are removed and the old ones stay. A kill leaves the old ones too.
     """
-    temporary = [path.with_name(f".{path.name}.partial") for path in paths]
+    temporary = [partial(path) for path in paths]
     try:
         yield temporary
         for path in temporary:

@@ -34,7 +34,7 @@ class _NF4Linear(torch.autograd.Function):
 
 def _autocast(x: Tensor) -> Tensor:
     """x in the dtype that a matrix product has under the autocast in force, as nn.functional.linear does."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
@@ -67,7 +67,9 @@ def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
         raise TypeError(f"x is {x.dtype}: nf4_linear takes float32, bfloat16, float16 or float64")
     x = _autocast(x)
     bias = None if bias is None else bias.to(x.dtype)
-    return _NF4Linear.apply(x, bias, w.shape, w.block_size, *w.tensors)  # type: ignore[no-any-return, no-untyped-call]
+    rows = x.reshape(-1, x.shape[-1])  # [M, I]
+    y = _NF4Linear.apply(rows, bias, w.shape, w.block_size, *w.tensors)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 
 def linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -107,7 +109,11 @@ def lora_linear(
     """
     x = _autocast(x)
     rows = x.reshape(-1, x.shape[-1])  # [M, I]
-    y = linear(rows, base, bias)
+    flat = x.is_contiguous() or isinstance(base, NF4Weight)
+    y = linear(rows if flat else x, base, bias)  # a dense product's last bits depend on x's strides: x as the bare layer gets it
     z = F.linear(F.dropout(rows, dropout) if dropout else rows, A.to(x.dtype))  # [M, r]
-    y.addmm_(z, B.to(x.dtype).T, alpha=scale)  # in place: y is read and written once more, not copied
+    if flat:
+        y.addmm_(z, B.to(x.dtype).T, alpha=scale)  # in place: y is read and written once more, not copied
+    else:
+        y = torch.addmm(y.reshape(-1, y.shape[-1]), z, B.to(x.dtype).T, alpha=scale)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -99,7 +99,8 @@ class NF4Linear(nn.Module):
         return _held(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nf4_linear(x.to(self.compute_dtype or x.dtype), self.weight, self.bias).to(x.dtype)
+        y = nf4_linear(x.to(self.compute_dtype or x.dtype), self.weight, self.bias)
+        return y if self.compute_dtype is None else y.to(x.dtype)
 
     def extra_repr(self) -> str:
         bits = 8 * self.weight.nbytes / self.weight.numel()
@@ -129,8 +130,10 @@ def check_base(base: nn.Module, name: str) -> None:
         raise TypeError(f"{at} is not a linear layer: LoRA wraps nn.Linear and NF4Linear")
     if type(base).forward not in (nn.Linear.forward, NF4Linear.forward) or "forward" in vars(base):
         raise TypeError(f"{at} has a forward of its own, which an adapter would replace: leave it out with exclude=")
-    if isinstance(base, nn.Linear) and "weight" not in base._parameters:
-        raise TypeError(f"{at} computes its weight (parametrized): remove the parametrization, or leave it out with exclude=")
+    if isinstance(base, nn.Linear) and not {"weight", "bias"} <= base._parameters.keys():
+        raise TypeError(
+            f"{at} computes its weight or bias (parametrized): remove the parametrization, or leave it out with exclude="
+        )
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         raise TypeError(f"{at} has hooks, which would no longer run: remove them, inject, and register them again")
 
@@ -150,8 +153,8 @@ def check_adapter(base: nn.Linear | NF4Linear, r: int, alpha: float | None, drop
 
 def _draw(r: int, in_features: int, seed: int, name: str) -> Tensor:
     """A [r, in], Gaussian with standard deviation 1/r: the same whatever was drawn before it, on any device."""
-    generator = torch.Generator("cpu").manual_seed((seed << 32 | zlib.crc32(name.encode())) % 2**63)
-    return torch.randn(r, in_features, generator=generator, device="cpu") / r
+    generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    return torch.randn(r, in_features, generator=generator, device="cpu", dtype=torch.float32) / r
 
 
 class LoRALinear(nn.Module):
@@ -209,10 +212,11 @@ class LoRALinear(nn.Module):
         self.scale = self.alpha / self.r
         self.enabled = True
         self.adapter_name = "default"
-        self._adopt(base)
-        device = self.weight.device
-        self.lora_A = nn.Parameter(_draw(self.r, self.in_features, seed, name).to(device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, self.r, device=device))
+        device = base.weight.device
+        A = nn.Parameter(_draw(self.r, self.in_features, seed, name).to(device))
+        B = nn.Parameter(torch.zeros(self.out_features, self.r, device=device, dtype=torch.float32))
+        self._adopt(base)  # last: what fails for want of memory fails before the base is emptied
+        self.lora_A, self.lora_B = A, B
         self.train(base.training)
 
     def _adopt(self, base: nn.Linear | NF4Linear) -> None:
@@ -236,10 +240,12 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.to(self.compute_dtype or x.dtype)
-        if not self.enabled:
-            return linear(h, self.weight, self.bias).to(x.dtype)
         p = self.dropout if self.training else 0.0
-        return lora_linear(h, self.weight, self.lora_A, self.lora_B, self.scale, self.bias, p).to(x.dtype)
+        if self.enabled:
+            y = lora_linear(h, self.weight, self.lora_A, self.lora_B, self.scale, self.bias, p)
+        else:
+            y = linear(h, self.weight, self.bias)
+        return y if self.compute_dtype is None else y.to(x.dtype)
 
     def release(self) -> nn.Linear | NF4Linear:
         """Gives the base its parameters back and returns it; this layer is of no use afterwards."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.modules import NF4Linear, check_adapter, check_base
+from minilora.modules import NF4Linear, check_adapter
 from minilora.targets import DEFAULT_EXCLUDE, LINEAR, Targets, resolve, sites
 from minilora.weight import GROUP, check_block_size
 
@@ -123,7 +123,7 @@ def plan(
         >>> p.trainable, [row.name for row in p.rows]
         (800, ['0', '1'])
     """
-    from minilora.surgery import parameters_named
+    from minilora.surgery import check_bare, check_site, check_untied, parameters_named, tied_names
 
     check_block_size(block_size)
     title = type(model).__name__ if isinstance(model, nn.Module) else str(model)
@@ -131,14 +131,18 @@ def plan(
         model = _on_meta(model)
         title = type(model).__name__ if "\n" in title else title
     chosen = resolve(model, targets, exclude)
+    check_bare(model)
+    tied = tied_names(model)
     size = {"quantized": 0, "dense": sum(p.nbytes for p in model.parameters())}
     rows = []
     for name, site in chosen.items():
         layer = site.layer
-        check_base(layer, name)
+        check_site(name, site)
         check_adapter(layer, r, alpha, 0.0, name)
         n = layer.in_features * layer.out_features
         nbytes: int = layer.weight.nbytes
+        if quantize:
+            check_untied(name, site, tied)
         if isinstance(layer, NF4Linear) or quantize:
             size["dense"] -= nbytes
             nbytes = layer.weight.nbytes if isinstance(layer, NF4Linear) else nf4_bytes(n, block_size, double_quant)

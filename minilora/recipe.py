@@ -261,7 +261,7 @@ def finetune(config: FinetuneConfig) -> Result:
         FloatingPointError: the loss became NaN or infinite.
 
     Example:
-        >>> result = finetune(FinetuneConfig("smollm2", "my.jsonl", "my-adapter"))  # doctest: +SKIP (takes minutes)
+        >>> result = finetune(FinetuneConfig("smollm2", "my.jsonl", "my-adapter"))  # doctest: +SKIP
         >>> result.eval_after < result.eval_before  # doctest: +SKIP
         True
     """

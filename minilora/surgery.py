@@ -1,22 +1,20 @@
-"""The only room that edits a user's model: quantize, inject, eject, merge; and two that look or switch: audit, disabled.
+"""The room that edits a user's model: quantize, inject, eject (and merge, in merging.py); and two that look or switch.
 
 Every function first checks all that it can, then edits: a refused call leaves the model as it was.
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from minilora.kernels.reference import lora as reference
 from minilora.modules import LoRALinear, NF4Linear, check_adapter, check_base
 from minilora.targets import DEFAULT_EXCLUDE, Site, Targets, is_named, near_misses, resolve, sites
-from minilora.weight import NF4Weight, check_block_size, quantize_nf4
+from minilora.weight import check_block_size
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -86,7 +84,7 @@ def quantize_steps(
         raise ValueError(f"quant_type={quant_type!r}: minilora quantizes to 'nf4'")
     check_block_size(block_size)
     chosen = resolve(model, targets, exclude)
-    tied = _tied(model)
+    tied = tied_names(model)
     for name, site in chosen.items():
         _check_quantizable(name, site, tied)
     for done, site in enumerate(chosen.values(), start=1):
@@ -95,7 +93,7 @@ def quantize_steps(
         site.layer = None  # the last reference: the dense weight is freed here
         del layer
         yield done, len(chosen)
-    _route(model)
+    route(model)
 
 
 def _check_quantizable(name: str, site: Site, tied: Mapping[int, str]) -> None:
@@ -103,19 +101,22 @@ def _check_quantizable(name: str, site: Site, tied: Mapping[int, str]) -> None:
         raise ValueError(f"{name} is quantized already: leave it out with exclude=, or quantize a fresh model")
     if isinstance(site.layer, LoRALinear):
         raise ValueError(f"{name} has an adapter: quantize the model first, inject afterwards (or minilora.eject it)")
-    _check_site(name, site)
+    check_site(name, site)
+    check_untied(name, site, tied)
     weight = site.layer.weight
-    if id(weight) in tied:
-        raise ValueError(
-            f"{name} shares its weight with another layer ({tied[id(weight)]}): quantizing would untie them; exclude it"
-        )
     if weight.is_meta:
         raise ValueError(f"{name} is on the meta device and has no values: load the model first")
-    if not all(math.isfinite(bound) for bound in weight.detach().aminmax()):
+    if not all(math.isfinite(bound.float()) for bound in weight.detach().aminmax()):
         raise ValueError(f"{name}.weight holds NaN or infinity and cannot be quantized: mend the checkpoint, or exclude it")
 
 
-def _tied(model: nn.Module) -> dict[int, str]:
+def check_untied(name: str, site: Site, tied: Mapping[int, str]) -> None:
+    """Raises ValueError if the layer's weight stands in another module too."""
+    if (names := tied.get(id(site.layer._parameters.get("weight")))) is not None:
+        raise ValueError(f"{name} shares its weight with another layer ({names}): quantizing would untie them; exclude it")
+
+
+def tied_names(model: nn.Module) -> dict[int, str]:
     """Parameters that stand in more than one module: id -> their names."""
     names: dict[int, dict[int, str]] = {}
     for path, module in model.named_modules():
@@ -124,7 +125,7 @@ def _tied(model: nn.Module) -> dict[int, str]:
     return {key: " and ".join(found.values()) for key, found in names.items() if len(found) > 1}
 
 
-def _check_site(name: str, site: Site) -> None:
+def check_site(name: str, site: Site) -> None:
     check_base(site.layer, name)
     for parent, _ in site.places:
         if isinstance(parent, nn.MultiheadAttention):
@@ -134,7 +135,7 @@ def _check_site(name: str, site: Site) -> None:
             )
 
 
-def _route(model: nn.Module) -> None:
+def route(model: nn.Module) -> None:
     """Switches off the paths of torch's encoder that read the weights of our layers without calling them, or on again.
 
     In eval mode nn.TransformerEncoderLayer hands the weights of linear1 and linear2 to one fused kernel, and
@@ -213,17 +214,13 @@ def attach(
     model: Model, specs: Mapping[str, AdapterSpec], *, train_also: Sequence[str] = (), name: str = "default", seed: int = 0
 ) -> Model:
     """`inject` with a rank, alpha and dropout for each layer: {full name: AdapterSpec}."""
-    if held := adapters(model):
-        first, layer = next(iter(held.items()))
-        raise ValueError(
-            f"the model has the adapter {layer.adapter_name!r} on {len(held)} layers already ({first}, ...): "
-            "minilora.merge or minilora.eject it first"
-        )
+    check_bare(model)
     everything = sites(model)
     for path, spec in specs.items():
-        _check_site(path, everything[path])
+        check_site(path, everything[path])
         check_adapter(everything[path].layer, spec.r, spec.alpha, spec.dropout, path)
     also = parameters_named(model, train_also)
+    trained = [p for p in model.parameters() if p.requires_grad]
     made: list[tuple[Site, LoRALinear]] = []
     try:
         for path, spec in specs.items():
@@ -234,6 +231,8 @@ def attach(
     except BaseException:  # out of memory half way: give every base its parameters back
         for _, layer in made:
             layer.release()
+        for p in trained:
+            p.requires_grad_(True)
         raise
     model.requires_grad_(False)
     for site, layer in made:
@@ -242,8 +241,18 @@ def attach(
         site.replace(layer)
     for p in also:
         p.requires_grad_(True)
-    _route(model)
+    route(model)
     return model
+
+
+def check_bare(model: nn.Module) -> None:
+    """Raises ValueError if the model has an adapter."""
+    if held := adapters(model):
+        first, layer = next(iter(held.items()))
+        raise ValueError(
+            f"the model has the adapter {layer.adapter_name!r} on {len(held)} layers already ({first}, ...): "
+            "minilora.merge or minilora.eject it first"
+        )
 
 
 def parameters_named(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
@@ -259,7 +268,7 @@ def parameters_named(model: nn.Module, names: Sequence[str]) -> list[nn.Paramete
             hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
             raise ValueError(f"train_also={wanted!r} names no module or parameter with floating-point weights.{hint}")
         found += floats
-    return found
+    return list({id(p): p for p in found}.values())
 
 
 def _ends(name: str) -> list[int]:
@@ -272,7 +281,7 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def _adapted(model: nn.Module) -> dict[str, Site]:
+def adapted(model: nn.Module) -> dict[str, Site]:
     found = sites(model, (LoRALinear,))
     if not found:
         raise ValueError("the model has no adapter: minilora.inject or minilora.load_adapter first")
@@ -291,108 +300,10 @@ def eject(model: Model) -> Model:
         >>> eject(inject(model))[0] is layer
         True
     """
-    for site in _adapted(model).values():
+    for site in adapted(model).values():
         site.replace(site.layer.release())
-    _route(model)
+    route(model)
     return model
-
-
-# ---- merge
-
-
-def merge(model: Model, *, into: Literal["dense", "nf4"] = "dense", min_survival: float = 0.5) -> Model:
-    r"""Adds the adapters to the weights they adapt, W + (alpha / r) B A, and removes them.
-
-    Args:
-        model: an injected model.
-        into: "dense": plain `nn.Linear` in the base's dtype, a quantized base is decoded first. "nf4": the sum is quantized
-            again. That loses most of a small update: one smaller than the gap between two levels rounds away.
-        min_survival: with "nf4", the share of a layer's update that has to come through, <W' - W, s B A> / |s B A|^2.
-
-    Returns:
-        The model. With "nf4" a warning reports what survived, layer by layer at worst.
-
-    Raises:
-        ValueError: there is no adapter; an adapter holds NaN or infinity; with "nf4" a base is dense or a layer would keep less
-            than `min_survival`.
-
-    Example:
-        >>> model = inject(torch.nn.Sequential(torch.nn.Linear(64, 8)), r=4)
-        >>> type(merge(model)[0]).__name__
-        'Linear'
-    """
-    found = _adapted(model)
-    if into not in ("dense", "nf4"):
-        raise ValueError(f"into={into!r}: 'dense' or 'nf4'")
-    for name, site in found.items():
-        if not all(bool(p.isfinite().all()) for p in (site.layer.lora_A, site.layer.lora_B)):
-            raise ValueError(f"the adapter of {name} holds NaN or infinity: the training diverged, load an earlier checkpoint")
-    if into == "nf4":
-        _merge_nf4(found, min_survival)
-    else:
-        _merge_dense(model, found)
-    _route(model)
-    return model
-
-
-def _merge_dense(model: nn.Module, found: dict[str, Site]) -> None:
-    tied = _tied(model)
-    for name, site in found.items():
-        layer = site.layer
-        if (weight := layer._parameters.get("weight")) is not None and id(weight) in tied:
-            _untie(model, name, tied[id(weight)])
-        dtype = layer.weight.dtype
-        merged = nn.Parameter(merged_weight(layer).to(dtype), requires_grad=False)
-        base = layer.release()
-        if isinstance(base, NF4Linear):
-            dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta").train(base.training)
-            dense.register_parameter("bias", base.bias)
-            base = dense
-        base.weight = merged
-        site.replace(base)
-
-
-def _untie(model: nn.Module, name: str, names: str) -> None:
-    """A merged head is another matrix than the embedding it was tied to; a config that says otherwise would undo the merge."""
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
-    warnings.warn(f"{name} was merged, so {names} are no longer tied", stacklevel=4)
-
-
-def merged_weight(layer: LoRALinear) -> Tensor:
-    """Returns W + s B A of one layer, float32 [out, in]."""
-    weight = layer.weight
-    dense = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.detach().float()
-    A, B = layer.lora_A.detach().float(), layer.lora_B.detach().float()
-    return reference.merged_weight(dense, A, B, layer.scale)
-
-
-def _merge_nf4(found: dict[str, Site], min_survival: float) -> None:
-    merged: dict[str, NF4Weight] = {}
-    survival: dict[str, float] = {}
-    for name, site in found.items():
-        layer, old = site.layer, site.layer.weight
-        if not isinstance(old, NF4Weight):
-            raise ValueError(f"{name} has a dense base: merge(into='nf4') is for quantized ones, use into='dense'")
-        new = quantize_nf4(merged_weight(layer).to(old.dtype), old.block_size, old.absmax2 is not None)
-        update = layer.scale * (layer.lora_B.detach().float() @ layer.lora_A.detach().float())
-        moved = new.dequantize(torch.float32) - old.dequantize(torch.float32)
-        size = float(update.square().sum())
-        survival[name] = float((moved * update).sum()) / size if size else 1.0
-        merged[name] = new
-    worst = sorted(survival, key=survival.__getitem__)[:5]
-    report = ", ".join(f"{name} {survival[name]:.1%}" for name in worst)
-    median = sorted(survival.values())[len(survival) // 2]
-    if survival[worst[0]] < min_survival:
-        raise ValueError(
-            f"merging into NF4 would lose the update: of it survives {report} (median {median:.1%}), less than "
-            f"min_survival={min_survival:.0%}. Merge into='dense', or keep the adapter beside the quantized model."
-        )
-    for name, site in found.items():
-        base = site.layer.release()
-        site.replace(NF4Linear(merged[name], base.bias, base.compute_dtype).train(base.training))
-    warnings.warn(f"merged into NF4; of the update survives, at worst: {report}; median {median:.1%}", stacklevel=3)
 
 
 # ---- look, switch
@@ -407,7 +318,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         >>> with disabled(model):
         ...     y = model(torch.randn(2, 64))
     """
-    layers = [site.layer for site in _adapted(model).values()]
+    layers = [site.layer for site in adapted(model).values()]
     before = [layer.enabled for layer in layers]
     try:
         for layer in layers:
@@ -434,7 +345,7 @@ def audit(model: nn.Module) -> list[str]:
     """
     return [
         name
-        for name, site in _adapted(model).items()
+        for name, site in adapted(model).items()
         if all(p.grad is None or not bool(p.grad.any()) for p in (site.layer.lora_A, site.layer.lora_B))
     ]
 
@@ -446,5 +357,5 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         >>> model = inject(torch.nn.Sequential(torch.nn.Linear(64, 8)), r=4)
         >>> optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-3)
     """
-    _adapted(model)
+    adapted(model)
     return [p for p in model.parameters() if p.requires_grad]

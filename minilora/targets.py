@@ -32,14 +32,11 @@ class Site:
 
 def sites(model: nn.Module, kinds: tuple[type[nn.Module], ...] = LINEAR) -> dict[str, Site]:
     """Returns every layer of one of `kinds`, by the first name it has in the model."""
-    found: dict[int, Site] = {}
-    for path, parent in model.named_modules(remove_duplicate=False):
-        for attribute, layer in parent.named_children():
-            if isinstance(layer, kinds):
-                name = f"{path}.{attribute}" if path else attribute
-                site = found.setdefault(id(layer), Site(name, layer))
-                if (parent, attribute) not in site.places:
-                    site.places.append((parent, attribute))
+    found = {id(m): Site(name, m) for name, m in model.named_modules() if name and isinstance(m, kinds)}
+    for parent in model.modules():
+        for attribute, layer in parent._modules.items():  # not named_children, which names a layer once
+            if id(layer) in found:
+                found[id(layer)].places.append((parent, attribute))
     return {site.name: site for site in found.values()}
 
 

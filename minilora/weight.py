@@ -86,7 +86,8 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     r"""Quantizes a weight of any shape to 4-bit NormalFloat.
 
     q = argmin_j |code_j - w / absmax|, absmax = max |w| over each block of the flattened weight (QLoRA, section 3).
-    The bytes equal those of bitsandbytes' `quantize_4bit(quant_type="nf4")`.
+    The bytes equal those of bitsandbytes' `quantize_4bit(quant_type="nf4")`, but for a short last block whose values sit on a
+    threshold: there its CPU build divides by absmax, where it multiplies by 1/absmax everywhere else.
 
     Args:
         weight: float32, bfloat16 or float16 (float64 is quantized from its float32 rounding), any shape, not empty.
@@ -112,7 +113,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
         raise ValueError("the weight is on the meta device and has no values: load it first")
     weight = weight.detach()
     low, high = weight.aminmax()  # NaN comes through, and no copy of the weight is made
-    if not (math.isfinite(low) and math.isfinite(high)):
+    if not (math.isfinite(low.float()) and math.isfinite(high.float())):  # float64 can be too large for float32
         raise ValueError("the weight holds NaN or infinity: a block's absmax would be useless, mend the checkpoint first")
     absmax2 = offset = None
     packed, absmax = ops.quantize(weight, block_size)

@@ -24,6 +24,7 @@ ROOMS = {
     "modules": 5,
     "targets": 6,
     "surgery": 7,
+    "merging": 8,
     "checkpoint": 8,
     "plan": 8,
     "data": 9,

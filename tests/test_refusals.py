@@ -189,20 +189,20 @@ def test_running_out_of_memory_half_way_leaves_the_model_as_it_was(quantized: bo
 
 
 def test_running_out_of_memory_in_merge_leaves_every_layer_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    from minilora import surgery
+    from minilora import merging
 
     model, x = small(), torch.randn(5, 20)
     inject(model)
     torch.nn.init.normal_(model["down"].lora_B)
     expected = model["down"](model["up"](x))
-    merged, left = surgery.merged_weight, iter(range(1))
+    merged, left = merging.merged_weight, iter(range(1))
 
     def last_straw(layer: LoRALinear) -> Tensor:
         if next(left, None) is None:
             raise torch.OutOfMemoryError
         return merged(layer)
 
-    monkeypatch.setattr(surgery, "merged_weight", last_straw)
+    monkeypatch.setattr(merging, "merged_weight", last_straw)
     with pytest.raises(torch.OutOfMemoryError):
         minilora.merge(model)
     # 24 float32 products of values near ten, in another order at most: a layer is merged or not, never half

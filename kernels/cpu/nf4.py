@@ -24,6 +24,7 @@ CODE = np.array(reference.NF4, dtype=np.float32)
 _THRESHOLDS = array(reference.midpoints(reference.CODE)).copy()
 MAP8 = array(reference.MAP8).copy()
 _THRESHOLDS8 = array(reference.midpoints(reference.MAP8)).copy()
+_TINY = np.float32(reference.TINY)
 NO_FLOATS = np.zeros(0, dtype=np.float32)
 _GRAIN = 8192  # blocks of 64 weights that are worth waking a thread for: about 0.1 ms of work
 
@@ -37,7 +38,7 @@ def _encode(row: Any, size: int, thresholds: Any, packed: Any, first: int) -> An
     absmax = np.float32(0)
     for i in range(size):
         absmax = max(absmax, abs(row[i]))
-    reciprocal = np.float32(1) / absmax if absmax > 0 else np.float32(0)
+    reciprocal = np.float32(1) / max(absmax, _TINY)
     codes = np.zeros(row.size, np.uint8)
     for i in range(size):
         y = row[i] * reciprocal
@@ -95,7 +96,7 @@ def _double_quantize(absmax: Any, offset: np.float32, codes: Any, absmax2: Any, 
         for b in range(first, last):
             largest = max(largest, abs(absmax[b] - offset))
         absmax2[g] = largest
-        reciprocal = np.float32(1) / largest if largest > 0 else np.float32(0)
+        reciprocal = np.float32(1) / max(largest, _TINY)
         for b in range(first, last):
             y = (absmax[b] - offset) * reciprocal
             code = 0  # the number of thresholds below y, by bisection

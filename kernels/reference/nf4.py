@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+TINY = 1e-38  # the reciprocal of a smaller absmax would be infinite, and 0 * infinity no number
 GROUP = 256  # blocks that share one absmax2 (QLoRA section 3: "blocksize of 256 for the second quantization")
 
 # QLoRA appendix E. `derive_nf4` computes them; these digits are the ones that every NF4 file in the world was made with.
@@ -100,7 +101,7 @@ def _normalised(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     rows[: x.numel()] = x
     rows = rows.view(b, block)
     absmax = rows.abs().amax(1)
-    reciprocal = torch.where(absmax > 0, 1 / absmax, 0)  # bitsandbytes multiplies by 1/absmax: not the same bits as x/absmax
+    reciprocal = 1 / absmax.clamp(min=TINY)  # bitsandbytes multiplies by 1/absmax: not the same bits as x/absmax
     return rows * reciprocal[:, None], absmax
 
 
