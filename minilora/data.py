@@ -169,9 +169,12 @@ def batch_order(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     return picked
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """Returns input_ids, attention_mask and labels, int64 [batch, longest], padded on the right."""
-    longest = max(len(e.ids) for e in examples)
+def collate(examples: Sequence[Example], pad_id: int, multiple: int = 1) -> dict[str, Tensor]:
+    """Returns input_ids, attention_mask and labels, int64 [batch, length], padded on the right to a multiple of `multiple`.
+
+    Matrix products are compiled for each shape that comes by: few different lengths save the time, and the memory, of that.
+    """
+    longest = -(-max(len(e.ids) for e in examples) // multiple) * multiple
 
     def rows(values: list[list[int]], fill: int) -> Tensor:
         return torch.tensor([v + [fill] * (longest - len(v)) for v in values])

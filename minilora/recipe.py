@@ -21,6 +21,8 @@ from minilora.hf import load_dense, pad_id, pick_device
 from minilora.plan import amount
 from minilora.surgery import adapter_parameters, inject, quantize_steps
 
+PAD_TO = 16  # tokens: sequences are padded to a multiple
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -171,7 +173,7 @@ def train(model: nn.Module, examples: Sequence[Example], config: FinetuneConfig,
         learned = sum(e.learned for e in picked)  # over the whole step: a token weighs the same in any micro-batch
         loss = 0.0
         for i in range(0, in_a_step, config.batch_size):
-            batch = to_device(collate(picked[i : i + config.batch_size], pad), device)
+            batch = to_device(collate(picked[i : i + config.batch_size], pad, PAD_TO), device)
             part = token_losses(model, batch) / learned
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
@@ -197,7 +199,7 @@ def evaluate(model: nn.Module, examples: Sequence[Example], *, batch_size: int =
     ordered = sorted(examples, key=lambda e: len(e.ids))  # like lengths together: less padding
     total = 0.0
     for i in range(0, len(ordered), batch_size):
-        total += token_losses(model, to_device(collate(ordered[i : i + batch_size], pad), device)).item()
+        total += token_losses(model, to_device(collate(ordered[i : i + batch_size], pad, PAD_TO), device)).item()
     model.train(was_training)
     return total / sum(e.learned for e in examples)
 
