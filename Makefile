@@ -26,7 +26,7 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 soak: .venv/dev
-	OMP_NUM_THREADS=1 MINILORA_SOAK=1 $(BIN)/pytest -q -n 2 -m soak
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m soak
 
 bench: .venv/dev
 	$(BIN)/python tests/bench/cpu.py

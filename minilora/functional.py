@@ -43,7 +43,8 @@ def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
     r"""Returns y = x W^T + bias with W in NF4, differentiable by x and bias.
 
     Args:
-        x: float32, bfloat16, float16 or float64 [.., I]. W is decoded to this dtype; under autocast both follow autocast.
+        x: float32, bfloat16, float16 or float64 [.., I]. W is decoded to this dtype (on the CPU for a
+            single row to float32, in registers); under autocast both follow autocast.
         w: a quantized weight of shape [O, I].
         bias: [O] or None.
 

@@ -141,7 +141,7 @@ def adapted(value):  # rank, alpha and so the config are the same or not: both h
     return made
 
 minilora.save_adapter(adapted(1.0), folder)
-for repetition in range(3):
+for repetition in range(int(sys.argv[2])):
     ready, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -166,9 +166,10 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, timeout=120)
 
 
-def test_a_kill_at_any_time_leaves_a_loadable_adapter(tmp_path: Path) -> None:
-    done = python(KILLED, str(tmp_path))
-    assert done.stdout.split() == ["whole"] * 3, done.stderr
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.soak)])
+def test_a_kill_at_any_time_leaves_a_loadable_adapter(tmp_path: Path, kills: int) -> None:
+    done = python(KILLED, str(tmp_path), str(kills))
+    assert done.stdout.split() == ["whole"] * kills, done.stderr
 
 
 def test_a_kill_between_the_two_renames_leaves_a_loadable_adapter(tmp_path: Path) -> None:

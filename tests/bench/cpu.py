@@ -47,12 +47,12 @@ def check_product(name: str, y: Tensor, x: Tensor, W: Tensor) -> None:
     check(name, bool(((y.double() - exact).abs() <= bound).all()))
 
 
-def products(layer: Callable[[Tensor], Tensor], W: Tensor) -> dict[str, Case]:
-    """Forward, and forward + backward, for some numbers of rows."""
+def products(layer: Callable[[Tensor], Tensor], W: Tensor, W_one: Tensor | None = None) -> dict[str, Case]:
+    """Forward, and forward + backward, for some numbers of rows; `W_one` is the weight that one row is multiplied with."""
     cases: dict[str, Case] = {}
     for rows in (1, 256, 1024):
         x = inputs(rows)
-        check_product(f"product M={rows}", layer(x), x, W)
+        check_product(f"product M={rows}", layer(x), x, W if rows > 1 or W_one is None else W_one)
         leaf, dy = x.clone().requires_grad_(), inputs(rows)
 
         def both(leaf: Tensor = leaf, dy: Tensor = dy) -> None:
@@ -61,7 +61,7 @@ def products(layer: Callable[[Tensor], Tensor], W: Tensor) -> dict[str, Case]:
 
         both()
         assert leaf.grad is not None
-        check_product(f"dx M={rows}", leaf.grad, dy, W.T)
+        check_product(f"gradient M={rows}", leaf.grad, dy, W.T)
 
         def forward(x: Tensor = x) -> Tensor:
             with torch.no_grad():
@@ -90,7 +90,7 @@ def ours() -> dict[str, Case]:
             cases[f"dequantize, {kind}, {name}"] = (lambda q=q: q.dequantize()), 20
         cases[f"quantize, double, {name}"] = (lambda w=w: minilora.quantize_nf4(w)), 9
     q = minilora.quantize_nf4(weight(torch.bfloat16))
-    return cases | products(lambda x: minilora.nf4_linear(x, q), q.dequantize())
+    return cases | products(lambda x: minilora.nf4_linear(x, q), q.dequantize(), q.dequantize(torch.float32))
 
 
 def bitsandbytes() -> dict[str, Case]:
