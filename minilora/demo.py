@@ -23,7 +23,7 @@ from minilora.hf import DEMO_MODEL, generate, load_dense, pad_id
 from minilora.merging import merge
 from minilora.plan import Plan, amount, plan
 from minilora.recipe import FinetuneConfig, Step, evaluate, peak_memory, quantize_with_bar, train_with_bar
-from minilora.surgery import inject, quantize
+from minilora.surgery import inject
 
 HELD_OUT = 0.15  # share of the tools
 
@@ -165,7 +165,8 @@ def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
     del model
     gc.collect()
     fresh, _ = load()
-    load_adapter(quantize(fresh), folder)
+    quantize_with_bar(fresh)
+    load_adapter(fresh, folder)
     reloaded = (logits(fresh, probe) - trained).abs().max().item()
     merged_loss = evaluate(merge(fresh), unseen, pad=pad)
 

@@ -55,6 +55,16 @@ def load_dense(
     return model.to(device), tokenizer
 
 
+def own_memory(model: nn.Module) -> None:
+    """Copies float parameters out of the checkpoint's file, whose pages they are when transformers has just loaded them.
+
+    After `quantize` the embeddings and norms alone are left there, and would hold the whole file in memory.
+    """
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.clone()
+
+
 def pad_id(tokenizer: Any) -> int:
     """The id to pad with; what stands there is masked, so the end-of-text token serves where there is no other."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

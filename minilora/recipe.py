@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minilora.checkpoint import save_adapter
 from minilora.data import IGNORE, Example, batch_order, collate, load_examples
 from minilora.files import write_text
-from minilora.hf import load_dense, pad_id, pick_device
+from minilora.hf import load_dense, own_memory, pad_id, pick_device
 from minilora.plan import amount
 from minilora.surgery import adapter_parameters, inject, quantize_steps
 
@@ -216,6 +216,7 @@ def quantize_with_bar(model: nn.Module) -> None:
         for done, total in quantize_steps(model):
             progress.total = total
             progress.update(done - progress.n)
+    own_memory(model)
 
 
 def train_with_bar(model: nn.Module, examples: Sequence[Example], config: FinetuneConfig, *, pad: int) -> list[Step]:
