@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from minilora.recipe import FinetuneConfig, Step, evaluate, peak_memory, quantiz
 from minilora.surgery import inject
 
 HELD_OUT = 0.15  # share of the tools
+LONGEST = 80  # characters of a task or a command; a few long ones would decide how much memory a batch takes
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def read_sheets() -> list[Command]:
         for paragraph in re.split(r"\n\s*\n", text):
             comment, *commands = paragraph.strip("\n").split("\n")
             task = comment.lstrip("# ").rstrip(" :.")
-            if comment.startswith("#") and len(commands) == 1 and not commands[0].startswith("#") and 8 <= len(task) <= 120:
+            if comment.startswith("#") and len(commands) == 1 and not commands[0].startswith("#") and 8 <= len(task) <= LONGEST:
                 found.append(Command(file.name, task, commands[0].strip()))
-    return [c for c in found if c.command and len(c.command) <= 120]
+    return [c for c in found if c.command and len(c.command) <= LONGEST]
 
 
 def split(commands: list[Command], seed: int = 0) -> tuple[list[Command], list[Command]]:
@@ -132,12 +132,12 @@ def _one_line(text: str, limit: int = 96) -> str:
 
 def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
     """Runs the demo; writes the adapter, metrics.jsonl, loss.png and report.md to `out`."""
-    config = FinetuneConfig(DEMO_MODEL, "cheat", out, lr=1e-3, steps=steps, batch_size=4, grad_accum=2, seed=seed)
+    config = FinetuneConfig(DEMO_MODEL, "cheat", out, lr=1e-3, steps=steps, seed=seed)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     to_learn, held_out = split(read_sheets(), seed)
     say(f"{DEMO_MODEL}: load, then measure the unquantized base")
-    model, tokenizer = load()
+    model, tokenizer = load_dense(DEMO_MODEL)
     pad = pad_id(tokenizer)
     training, unseen = ([encode(c.record, tokenizer, config.max_length)[0] for c in commands] for commands in (to_learn, held_out))
     asked = random.Random(seed).sample(held_out, 5)
@@ -164,7 +164,7 @@ def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
     trained = logits(model, probe)
     del model
     gc.collect()
-    fresh, _ = load()
+    fresh, _ = load_dense(DEMO_MODEL)
     quantize_with_bar(fresh)
     load_adapter(fresh, folder)
     reloaded = (logits(fresh, probe) - trained).abs().max().item()
@@ -177,13 +177,6 @@ def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
     write_text(folder / "report.md", f"# minilora demo\n\n![loss](loss.png)\n\n```\n{report}\n```\n")
     print(f"\n{report}\n\nwritten to {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     return report
-
-
-def load() -> tuple[nn.Module, Any]:
-    """The model with attention written out: on 60 tokens PyTorch's fused kernel is the slower one on a CPU, in the backward."""
-    model, tokenizer = load_dense(DEMO_MODEL)
-    model.set_attn_implementation("eager")  # type: ignore[operator]
-    return model, tokenizer
 
 
 def say(what: str) -> None:

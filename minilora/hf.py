@@ -1,5 +1,7 @@
 """The transformers side: loading a model and its tokenizer, and the small model that the demo and the notebooks use."""
 
+import ctypes
+import gc
 import os
 import shutil
 from importlib import metadata
@@ -63,6 +65,9 @@ def own_memory(model: nn.Module) -> None:
     for p in model.parameters():
         if p.is_floating_point():
             p.data = p.data.clone()
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps what was freed; half a model was
+        trim(0)
 
 
 def pad_id(tokenizer: Any) -> int:
