@@ -9,17 +9,15 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minilora.files import atomic, partial, read_tensors, write_tensors
 from minilora.modules import LoRALinear
-from minilora.surgery import AdapterSpec, adapters, attach
+from minilora.surgery import AdapterSpec, Model, adapters, attach
 from minilora.targets import LINEAR, is_named, sites
-
-Model = TypeVar("Model", bound=nn.Module)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -53,8 +51,8 @@ def canonical(name: str) -> str:
 def save_adapter(model: nn.Module, path: str | Path) -> Path:
     """Writes the adapter, and what `train_also` trained, as a folder that PEFT and `load_adapter` read.
 
-    Both files are written under another name first: a full disk or a kill leaves the old ones whole. The weights carry the
-    hash of their config.
+    Both files are written under another name first: a full disk or a kill leaves the old ones whole. The weights carry a
+    hash of their config and one of themselves.
 
     Returns:
         The folder.
@@ -178,14 +176,15 @@ def load_adapter(model: Model, path: str | Path, *, allow_zero: bool = False) ->
         raise ValueError(f"{folder} does not fit this {type(model).__name__}: {shown}")
     held = {canonical(n): layer for n, layer in adapters(model).items()}
     if not held:
-        specs = {actual[n]: _spec(config, n, a.shape[0]) for n, a in A.items()}
-        attach(model, specs)
+        dropout = float(config.get("lora_dropout") or 0)
+        attach(model, {actual[n]: AdapterSpec(a.shape[0], _alpha(config, n), dropout) for n, a in A.items()})
         held = {canonical(n): layer for n, layer in adapters(model).items()}
     parameters = {canonical(n): p for n, p in model.named_parameters(remove_duplicate=False)}
     with torch.no_grad():
         for name, layer in held.items():
-            spec = _spec(config, name, A[name].shape[0])
-            layer.alpha, layer.scale, layer.dropout = float(spec.alpha or 0), float(spec.alpha or 0) / spec.r, spec.dropout
+            layer.alpha = _alpha(config, name)
+            layer.scale = layer.alpha / layer.r
+            layer.dropout = float(config.get("lora_dropout") or 0)
             layer.adapter_name = metadata.get(_NAME, "default")
             layer.lora_A.copy_(A[name])
             layer.lora_B.copy_(B[name])
@@ -214,14 +213,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _spec(config: dict[str, Any], name: str, r: int) -> AdapterSpec:
-    """Rank from the tensor; alpha from the config, whose patterns match the end of a layer's name."""
-    alpha = config.get("lora_alpha", 8)
+def _alpha(config: dict[str, Any], name: str) -> float:
+    """A layer's alpha: the first of the patterns, which match the end of its name, or the alpha of all."""
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
-            alpha = value
-            break
-    return AdapterSpec(r, float(alpha), float(config.get("lora_dropout") or 0))
+            return float(value)
+    return float(config.get("lora_alpha", 8))
 
 
 def _sort(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

@@ -174,7 +174,7 @@ def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
     size = (folder / WEIGHTS).stat().st_size
     report = Report(base_loss, nf4_loss, tuned_loss, answers, planned, size, history, seconds, reloaded, merged_loss, peak_memory())
     draw_loss(history, report, folder / "loss.png")
-    write_text(folder / "report.md", f"# minilora demo\n\n![loss](loss.png)\n\n```\n{report}\n```\n")
+    write_text(folder / "report.md", f"# minilora demo\n\n![loss](loss.png)\n\n````text\n{report}\n````\n")
     print(f"\n{report}\n\nwritten to {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     return report
 
@@ -211,7 +211,7 @@ def draw_loss(history: list[Step], report: Report, path: Path) -> None:
         axes.axhline(value, color="tab:red", linestyle=style, linewidth=1.2, label=f"{label}, {value:.2f}")
     axes.set(xlabel="step (8 commands each)", ylabel="nats a completion token", title="SmolLM2-135M learns to write shell commands")
     axes.set_xlim(1, len(history))
-    axes.legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.97))
+    axes.legend(fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.97), framealpha=1, edgecolor="none")
     axes.spines[["top", "right"]].set_visible(False)
     with atomic(path) as (temporary,):
         figure.savefig(temporary, dpi=150, format="png")

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 import shutil
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,15 @@ def load_dense(
 def own_memory(model: nn.Module) -> None:
     """Copies float parameters out of the checkpoint's file, whose pages they are when transformers has just loaded them.
 
-    After `quantize` the embeddings and norms alone are left there, and would hold the whole file in memory.
+    After `quantize` the embeddings and norms alone are left there, and would hold the whole file in memory. What was freed goes
+    back to the system, as far as the C library can be asked for it.
     """
     for p in model.parameters():
         if p.is_floating_point():
             p.data = p.data.clone()
     gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps what was freed; half a model was
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc has it, musl not
+    if trim is not None:
         trim(0)
 
 

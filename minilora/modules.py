@@ -1,4 +1,4 @@
-"""The two layers: parameters, and a forward of one line over functional.py.
+"""The two layers: parameters, and a short forward over functional.py.
 
 A `LoRALinear` *adopts* its base: the base's parameters become its own under their old names, beside `lora_A` and `lora_B`. So
 the base's keys in the state dict stay what they were, a tied head stays tied, and code that looks at `layer.weight` goes on
@@ -56,7 +56,7 @@ class NF4Linear(nn.Module):
     Args:
         weight: a quantized weight of shape [out_features, in_features].
         bias: [out_features] or None; stays dense.
-        compute_dtype: the product's dtype; None: the input's. The output has the input's dtype in any case.
+        compute_dtype: the product's dtype, whatever the input's, which the output has again; None: as in `nf4_linear`.
 
     Example:
         >>> layer = NF4Linear.from_linear(torch.nn.Linear(64, 32))

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+GROUP = 256  # blocks that share one absmax2, as in kernels/reference/nf4.py, which is imported at its first call only
+
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
 
 _SCHEMAS = {  # operator: (module of the kernel, signature)
@@ -48,7 +50,7 @@ def _fake_quantize(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _fake_double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    groups = (absmax.numel() + 255) // 256
+    groups = (absmax.numel() + GROUP - 1) // GROUP
     return torch.empty_like(absmax, dtype=torch.uint8), absmax.new_empty(groups), absmax.new_empty(())
 
 

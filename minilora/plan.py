@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from minilora.modules import NF4Linear, check_adapter
+from minilora.ops import GROUP
+from minilora.surgery import check_bare, check_site, check_untied, parameters_named, tied_names
 from minilora.targets import DEFAULT_EXCLUDE, LINEAR, Targets, resolve, sites
-from minilora.weight import GROUP, check_block_size
+from minilora.weight import check_block_size
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,6 @@ def plan(
         >>> p.trainable, [row.name for row in p.rows]
         (800, ['0', '1'])
     """
-    from minilora.surgery import check_bare, check_site, check_untied, parameters_named, tied_names
-
     check_block_size(block_size)
     title = type(model).__name__ if isinstance(model, nn.Module) else str(model)
     if not isinstance(model, nn.Module):

@@ -26,12 +26,12 @@ PAD_TO = 16  # tokens: sequences are padded to a multiple
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What a run is made of. Every field is also a flag of `minilora finetune`.
+    """What a run is made of. All but weight_decay and clip are flags of `minilora finetune` too.
 
     Attributes:
         model: folder or hub id of a causal language model, or "smollm2", the embedded one.
         data: JSONL or a text file: see `minilora.data`.
-        out: folder for the adapter, metrics and report.
+        out: folder for the adapter and the metrics.
         r, alpha, targets, dropout: as for `inject`.
         lr: peak of the learning rate; it warms up over 3 % of the steps and falls to zero on a cosine.
         steps: optimizer steps; None: `epochs` decides.

@@ -11,7 +11,6 @@ from minilora import ops
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-GROUP = 256
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,25 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)  # workers that spin against each other are ten times slower
 
 
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Callable[[str], Any]:
+    """Returns a function that makes a byte-level tokenizer with a chat template; it pads with its end of turn, as SmolLM2 does."""
+    tokenizers = pytest.importorskip("tokenizers", reason="the tokenizer in these tests is made with tokenizers")
+    transformers = pytest.importorskip("transformers", reason="the tokenizer in these tests is a transformers one")
+
+    def make(chat_template: str) -> Any:
+        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        core = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+        core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.decoder = tokenizers.decoders.ByteLevel()
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
+        fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+        fast.chat_template = chat_template
+        return fast
+
+    return make
+
+
 @pytest.fixture
 def tiny_llama() -> Callable[..., Any]:
     """Returns a function that makes a small random Llama, the same for the same seed: 2 layers, hidden 64, two kv heads."""

@@ -1,6 +1,7 @@
 """Reading a user's file, which tokens are learned, and the order of batches."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,8 @@ CHATML = (
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """A byte-level tokenizer whose padding token is its end-of-turn token, as SmolLM2's is."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    fast.chat_template = CHATML
-    return fast
+def tokenizer(byte_tokenizer: Callable[[str], Any]) -> Any:
+    return byte_tokenizer(CHATML)
 
 
 def learned_text(example: Example, tokenizer: Any) -> str:
