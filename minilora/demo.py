@@ -25,7 +25,7 @@ from minilora.recipe import FinetuneConfig, Step, evaluate, peak_memory, quantiz
 from minilora.surgery import inject
 
 HELD_OUT = 0.15  # share of the tools
-LONGEST = 80  # characters of a task or a command; a few long ones would decide how much memory a batch takes
+LONGEST = 80  # tokens of a sequence to train on: the few longer ones would decide how much memory a batch takes
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def read_sheets() -> list[Command]:
         for paragraph in re.split(r"\n\s*\n", text):
             comment, *commands = paragraph.strip("\n").split("\n")
             task = comment.lstrip("# ").rstrip(" :.")
-            if comment.startswith("#") and len(commands) == 1 and not commands[0].startswith("#") and 8 <= len(task) <= LONGEST:
+            if comment.startswith("#") and len(commands) == 1 and not commands[0].startswith("#") and 8 <= len(task) <= 120:
                 found.append(Command(file.name, task, commands[0].strip()))
-    return [c for c in found if c.command and len(c.command) <= LONGEST]
+    return [c for c in found if c.command and len(c.command) <= 120]
 
 
 def split(commands: list[Command], seed: int = 0) -> tuple[list[Command], list[Command]]:
@@ -140,6 +140,7 @@ def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
     model, tokenizer = load_dense(DEMO_MODEL)
     pad = pad_id(tokenizer)
     training, unseen = ([encode(c.record, tokenizer, config.max_length)[0] for c in commands] for commands in (to_learn, held_out))
+    training = [e for e in training if len(e.ids) <= LONGEST]
     asked = random.Random(seed).sample(held_out, 5)
     base_loss = evaluate(model, unseen, pad=pad)
     before = [generate(model, tokenizer, c.question, limit=40) for c in asked]
