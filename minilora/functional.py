@@ -32,11 +32,48 @@ class _NF4Linear(torch.autograd.Function):
         return dx, dbias, None, None, None, None, None, None
 
 
+class _NF4LoRALinear(torch.autograd.Function):
+    """y = x W^T + bias + s z B^T with z = x A^T: reference/lora.py's forward and gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, scale: float, *weight: Any) -> Tensor:
+        *tensors, shape, block_size = weight
+        z = x @ A.T  # [M, r]
+        ctx.save_for_backward(x, A, B, z, *tensors)
+        ctx.layout = scale, shape, block_size
+        return ops.nf4_lora_linear(x, *tensors, bias, z, B, *ctx.layout)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, A, B, z, *tensors = ctx.saved_tensors
+        scale = ctx.layout[0]
+        dx = dA = dB = dbias = None
+        u = dy @ B  # [M, r]
+        if ctx.needs_input_grad[0]:
+            dx = ops.nf4_lora_linear_backward(dy, *tensors, u, A, *ctx.layout)
+        if ctx.needs_input_grad[1]:
+            dA = (u.T @ x).mul_(scale)
+        if ctx.needs_input_grad[2]:
+            dB = (dy.T @ z).mul_(scale)
+        if ctx.needs_input_grad[3]:
+            dbias = dy.sum(0)
+        return dx, dA, dB, dbias, None, None, None, None, None, None, None
+
+
 def _autocast(x: Tensor) -> Tensor:
     """x in the dtype that a matrix product has under the autocast in force, as nn.functional.linear does."""
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def _check(x: Tensor, w: NF4Weight) -> None:
+    if len(w.shape) != 2 or x.shape[-1:] != w.shape[1:]:
+        raise ValueError(
+            f"x {tuple(x.shape)} does not fit an NF4 weight {tuple(w.shape)}: x must be [.., in], the weight [out, in]"
+        )
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x is {x.dtype}: a product with an NF4 weight takes float32, bfloat16, float16 or float64")
 
 
 def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -60,12 +97,7 @@ def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
         >>> nf4_linear(torch.randn(2, 5, 64), w).shape
         torch.Size([2, 5, 32])
     """
-    if len(w.shape) != 2 or x.shape[-1:] != w.shape[1:]:
-        raise ValueError(
-            f"x {tuple(x.shape)} does not fit an NF4 weight {tuple(w.shape)}: x must be [.., in], the weight [out, in]"
-        )
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x is {x.dtype}: nf4_linear takes float32, bfloat16, float16 or float64")
+    _check(x, w)
     x = _autocast(x)
     bias = None if bias is None else bias.to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])  # [M, I]
@@ -108,13 +140,21 @@ def lora_linear(
         >>> bool((lora_linear(x, W, A, B, scale=2.0) == x @ W.T).all())      # B = 0: nothing is changed yet
         True
     """
+    if isinstance(base, NF4Weight):
+        _check(x, base)
     x = _autocast(x)
+    A, B = A.to(x.dtype), B.to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])  # [M, I]
+    if isinstance(base, NF4Weight) and not dropout:
+        bias = None if bias is None else bias.to(x.dtype)
+        weight = *base.tensors, base.shape, base.block_size
+        y = _NF4LoRALinear.apply(rows, A, B, bias, scale, *weight)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
     flat = x.is_contiguous() or isinstance(base, NF4Weight)
     y = linear(rows if flat else x, base, bias)  # a dense product's last bits depend on x's strides: x as the bare layer gets it
-    z = F.linear(F.dropout(rows, dropout) if dropout else rows, A.to(x.dtype))  # [M, r]
+    z = F.linear(F.dropout(rows, dropout) if dropout else rows, A)  # [M, r]
     if flat:
-        y.addmm_(z, B.to(x.dtype).T, alpha=scale)  # in place: y is read and written once more, not copied
+        y.addmm_(z, B.T, alpha=scale)  # in place: y is read and written once more, not copied
     else:
-        y = torch.addmm(y.reshape(-1, y.shape[-1]), z, B.to(x.dtype).T, alpha=scale)
+        y = torch.addmm(y.reshape(-1, y.shape[-1]), z, B.T, alpha=scale)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,6 +1,6 @@
 """The operators `torch.ops.minilora.*`: one schema each, and PyTorch's dispatcher chooses the kernel.
 
-    CPU -> kernels/cpu (Numba)        CUDA -> kernels/gpu (Triton), with the issue that builds it
+    CPU -> kernels/cpu (Numba)        CUDA, which is AMD's too -> kernels/gpu (Triton)
     any other device -> kernels/reference        meta, torch.compile -> the fakes below, shapes only
 
 No autograd here (functional.py has it) and no validation (weight.py and functional.py have it). Kernels are imported at their
@@ -20,6 +20,8 @@ GROUP = 256  # blocks that share one absmax2, as in kernels/reference/nf4.py, wh
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
 
+_LORA = "float scale, SymInt[] shape, int block_size"
+
 _SCHEMAS = {  # operator: (module of the kernel, signature)
     "quantize": ("nf4", "(Tensor x, int block_size) -> (Tensor, Tensor)"),
     "double_quantize": ("nf4", "(Tensor absmax) -> (Tensor, Tensor, Tensor)"),
@@ -27,6 +29,8 @@ _SCHEMAS = {  # operator: (module of the kernel, signature)
     "dequantize": ("nf4", f"({_WEIGHT}, SymInt[] shape, ScalarType dtype, int block_size) -> Tensor"),
     "nf4_linear": ("matmul", f"(Tensor x, {_WEIGHT}, Tensor? bias, SymInt[] shape, int block_size) -> Tensor"),
     "nf4_linear_backward": ("matmul", f"(Tensor dy, {_WEIGHT}, SymInt[] shape, int block_size) -> Tensor"),
+    "nf4_lora_linear": ("lora", f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor z, Tensor B, {_LORA}) -> Tensor"),
+    "nf4_lora_linear_backward": ("lora", f"(Tensor dy, {_WEIGHT}, Tensor u, Tensor A, {_LORA}) -> Tensor"),
 }
 
 
@@ -73,10 +77,14 @@ def _fake_nf4_linear_backward(dy: Tensor, *weight: Any) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], shape[1]))
 
 
+_fake_nf4_lora_linear = _fake_nf4_linear
+_fake_nf4_lora_linear_backward = _fake_nf4_linear_backward
+
 for _name, (_module, _signature) in _SCHEMAS.items():
     torch.library.define(f"minilora::{_name}", _signature)
     torch.library.impl(f"minilora::{_name}", "CompositeExplicitAutograd", _kernel("reference", _module, _name))
     torch.library.impl(f"minilora::{_name}", "CPU", _kernel("cpu", _module, _name))
+    torch.library.impl(f"minilora::{_name}", "CUDA", _kernel("gpu", _module, _name))
     torch.library.register_fake(f"minilora::{_name}", globals()[f"_fake_{_name}"])
 
 quantize = torch.ops.minilora.quantize.default
@@ -85,3 +93,5 @@ double_dequantize = torch.ops.minilora.double_dequantize.default
 dequantize = torch.ops.minilora.dequantize.default
 nf4_linear = torch.ops.minilora.nf4_linear.default
 nf4_linear_backward = torch.ops.minilora.nf4_linear_backward.default
+nf4_lora_linear = torch.ops.minilora.nf4_lora_linear.default
+nf4_lora_linear_backward = torch.ops.minilora.nf4_lora_linear_backward.default

@@ -1,8 +1,9 @@
-"""What every test runs under: no network, one thread a worker, hypothesis without deadlines; and one small language model."""
+"""What every test runs under: no network, Triton interpreted, one thread a worker, hypothesis without deadlines; a small model."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton; with a GPU: TRITON_INTERPRET=0, `make test-gpu`
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,7 @@
 """The operators `torch.ops.minilora.*`: opcheck of each, fakes that tell the truth, the dispatcher's choice, and autocast."""
 
 import inspect
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import minilora
 from minilora import ops
 
-NAMES = ("quantize", "double_quantize", "double_dequantize", "dequantize", "nf4_linear", "nf4_linear_backward")
+NAMES = (
+    "quantize",
+    "double_quantize",
+    "double_dequantize",
+    "dequantize",
+    "nf4_linear",
+    "nf4_linear_backward",
+    "nf4_lora_linear",
+    "nf4_lora_linear_backward",
+)
 
 
 def gaussian(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -43,8 +53,13 @@ def calls() -> list[Any]:
                     args = (x, *w.tensors, bias, list(shape), block)
                     tail = f"{name}-{rows}{'' if bias is None else '-bias'}"
                     found.append(pytest.param(ops.nf4_linear, args, id=f"nf4_linear-{tail}"))
+                    z, B = gaussian(*rows, 3), gaussian(shape[0], 3)
+                    args = (x, *w.tensors, bias, z, B, 1.5, list(shape), block)
+                    found.append(pytest.param(ops.nf4_lora_linear, args, id=f"nf4_lora_linear-{tail}"))
                 args = (dy, *w.tensors, list(shape), block)
                 found.append(pytest.param(ops.nf4_linear_backward, args, id=f"nf4_linear_backward-{name}-{rows}"))
+                args = (dy, *w.tensors, gaussian(*rows, 3), gaussian(3, shape[1]), 1.5, list(shape), block)
+                found.append(pytest.param(ops.nf4_lora_linear_backward, args, id=f"nf4_lora_linear_backward-{name}-{rows}"))
     return found
 
 
@@ -107,26 +122,61 @@ def dispatch() -> None:
     from minilora import ops
 
     def rooms() -> set[str]:
-        loaded = [name.split(".") for name in sys.modules if name.startswith("minilora.kernels.")]
-        return {parts[2] for parts in loaded if parts[-1] in ("nf4", "matmul")}  # lora.py is surgery's, not an operator's
+        """The fast twins that are loaded; the reference is what merging computes with, and light."""
+        return {name.split(".")[2] for name in sys.modules if name.startswith("minilora.kernels.")} - {"reference"}
 
-    assert not rooms() and "numba" not in sys.modules, "a kernel was imported before its first call"
+    heavy = {"numba", "triton"} & sys.modules.keys()
+    assert not rooms() and not heavy, "a kernel was imported before its first call"
     x = torch.arange(-64.0, 64.0)
     other = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)  # a device without a room of its own, its tensors on the CPU
     packed, absmax = ops.quantize.redispatch(other, x, 64)
-    assert rooms() == {"reference"}, rooms()
     shape = [2, 64]
     y = ops.nf4_linear.redispatch(other, x.view(2, 64), packed, absmax, None, None, None, shape, 64)
     dense = ops.dequantize.redispatch(other, packed, absmax, None, None, shape, torch.float32, 64)
     assert torch.equal(y, x.view(2, 64) @ dense.T)
-    assert rooms() == {"reference"}, rooms()
+    assert not rooms(), rooms()
     w = minilora.quantize_nf4(x, double_quant=False)
-    assert rooms() == {"reference", "cpu"} and torch.equal(w.packed, packed)
+    assert rooms() == {"cpu"} and torch.equal(w.packed, packed)
+    gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)  # CPU tensors, handed to the GPU's room: it refuses them by name
+    try:
+        ops.quantize.redispatch(gpu, x, 64)
+    except ValueError as error:
+        assert "x is on cpu: a Triton kernel runs on a GPU" in str(error)
+    else:
+        raise AssertionError("a CPU tensor was launched")
+    assert rooms() == {"cpu", "gpu"}
+
+
+def without_triton() -> None:
+    import sys
+
+    import torch
+
+    from minilora import ops
+
+    sys.modules["triton"] = None
+    gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for _ in range(2):  # not only the first time
+        try:
+            ops.quantize.redispatch(gpu, torch.ones(64), 64)
+        except ImportError as error:
+            assert str(error) == "NF4 on a GPU runs through Triton, which is not installed: pip install triton"
+        else:
+            raise AssertionError("something else ran in Triton's place")
 
 
 def test_a_kernel_is_imported_at_its_first_call_and_from_the_devices_room() -> None:
-    source = f"{inspect.getsource(dispatch)}\n{dispatch.__name__}()"
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120, check=False)
+    in_a_process_of_its_own(dispatch)
+
+
+def test_a_gpu_tensor_without_triton_gets_one_clear_error_and_nothing_else() -> None:
+    in_a_process_of_its_own(without_triton)
+
+
+def in_a_process_of_its_own(body: Callable[[], None]) -> None:
+    source = f"{inspect.getsource(body)}\n{body.__name__}()"
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -56,7 +56,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sources() -> set[str]:
     """Every source file by its name in the tree; minilora/kernels is a link and is not walked."""
     found = {p for folder in ("minilora", "kernels") for p in (ROOT / folder).rglob("*.py")}
-    return {n for n in (str(p.relative_to(ROOT)) for p in found) if not n.startswith("minilora/kernels/")} | {"minilora/py.typed"}
+    data = {"minilora/py.typed", "kernels/gpu/choices.json"}
+    return {n for n in (str(p.relative_to(ROOT)) for p in found) if not n.startswith("minilora/kernels/")} | data
 
 
 def test_the_wheel_holds_every_source_and_nothing_else(built: Path) -> None:

@@ -5,7 +5,11 @@ r"""LoRA (Hu et al. 2021, arXiv:2106.09685) in closed form: what autograd has to
 W + s B A is the weight that the layer behaves as; A starts Gaussian and B zero, so training starts from W itself.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
+
+from .matmul import nf4_linear, nf4_linear_backward
 
 
 def forward(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -30,3 +34,39 @@ def merged_weight(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Returns W + s B A [O, I], summed in float32 (float64 for float64) and rounded once to W's dtype."""
     wide = W.to(A.dtype)
     return (wide + scale * (B @ A)).to(W.dtype)
+
+
+# Over an NF4 base, with what the gradients need as well computed outside: z = x A^T [.., r] and u = dy B [.., r].
+
+
+def nf4_lora_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor,
+    B: Tensor,
+    scale: float,
+    shape: Sequence[int],
+    block_size: int,
+) -> Tensor:
+    """Returns x W^T + bias + scale z B^T, [.., O], in x's dtype."""
+    return nf4_linear(x, packed, absmax, absmax2, offset, bias, shape, block_size) + scale * (z @ B.T)
+
+
+def nf4_lora_linear_backward(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    u: Tensor,
+    A: Tensor,
+    scale: float,
+    shape: Sequence[int],
+    block_size: int,
+) -> Tensor:
+    """Returns dx = dy W + scale u A, [.., I], in dy's dtype."""
+    return nf4_linear_backward(dy, packed, absmax, absmax2, offset, shape, block_size) + scale * (u @ A)
