@@ -7,6 +7,7 @@ The interpreter (TRITON_INTERPRET=1) runs a kernel in numpy on CPU tensors. It k
   as hardware does;
 * inline PTX runs through a small emulator of the instructions that the kernels use;
 * a float16 or bfloat16 `dot` sums in float32, and refuses sizes that tensor cores do not have;
+* infinities and NaN arise as on hardware, without numpy's warnings;
 * `for k in range(0, n)` with a run-time n works with numpy >= 2.4 on triton 3.6.
 
 tests/test_interpreter.py holds all of it to PyTorch, over every bfloat16 number.
@@ -170,7 +171,12 @@ def inline_asm(self: Any, text: str, constraints: str, values: Any, kinds: Any, 
 
 # ---- all together
 
-_patch_tensor = interpreter._patch_lang_tensor
+_patch_tensor, _run = interpreter._patch_lang_tensor, interpreter.GridExecutor.__call__
+
+
+def run(self: Any, *args: Any, **kwargs: Any) -> None:
+    with np.errstate(all="ignore"):
+        _run(self, *args, **kwargs)
 
 
 def _with_index(tensor: Any, *scope: Any) -> None:
@@ -191,3 +197,4 @@ def repair() -> None:
     Builder.create_fp_to_fp, Builder.create_fma, Builder.create_dot, Builder.create_inline_asm = fp_to_fp, fma, dot, inline_asm
     interpreter.ReduceOps.apply_impl = reduce
     interpreter._patch_lang_tensor = _with_index
+    interpreter.GridExecutor.__call__ = run

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ..reference import nf4 as reference
-from .runtime import FLOATS, check, check_block_size, check_weight, launch, table, tl, triton
+from .runtime import FLOATS, PORTABLE, check, check_block_size, check_weight, launch, table, tl, triton
 
 GROUP = tl.constexpr(reference.GROUP)
 _THRESHOLDS = tl.constexpr(tuple(reference.midpoints(reference.CODE).tolist()))
 _TINY_BITS = tl.constexpr(torch.tensor(reference.TINY).view(torch.int32).item())  # a literal so small would become float64
 _TILE = 4096  # weights that one program quantizes
-_WORDS = 128  # words that one program decodes at a time, one a thread ...
+_WARPS = 4
+_WORDS = _WARPS * (64 if PORTABLE else 32)  # words that one program decodes at a time, one a thread (AMD's warps are 64 wide) ...
 _TIMES = 8  # ... so many times, with all loads under way at once
 
 
@@ -71,9 +72,8 @@ def _double_quantize(absmax, offset, map8, codes, absmax2, n, GROUP: tl.constexp
     y = a * _reciprocal(largest)
     code = tl.zeros((GROUP,), tl.int32)
     for k in tl.static_range(8):
-        step: tl.constexpr = 128 >> k
-        below = map8 + (code + step - 1)
-        code += tl.where(y > (tl.load(below) + tl.load(below + 1)) * 0.5, step, 0)
+        below = map8 + code + ((128 >> k) - 1)
+        code += tl.where(y > (tl.load(below) + tl.load(below + 1)) * 0.5, 128 >> k, 0)
     code = tl.where(largest == 0, 0, code)
     tl.store(codes + b, code.to(tl.uint8), mask=b < n)
 
@@ -158,7 +158,7 @@ def dequantize_into(
         arguments = packed, absmax, absmax2, offset, table("CODE", packed.device), table("MAP8", packed.device), out, n, row, gap
         meta = {"BLOCK": block_size, "DOUBLE": absmax2 is not None, "WHOLE": n % 8 == 0 and packed.data_ptr() % 4 == 0}
         grid = (triton.cdiv(n, 8 * _WORDS * _TIMES),)
-        launch(_dequantize, grid, *arguments, **meta, GAP=gap != 0, WORDS=_WORDS, TIMES=_TIMES, num_warps=4)
+        launch(_dequantize, grid, *arguments, **meta, GAP=gap != 0, WORDS=_WORDS, TIMES=_TIMES, num_warps=_WARPS)
 
 
 def dequantize(

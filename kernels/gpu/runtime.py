@@ -76,9 +76,9 @@ def table(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
     """Runs a kernel on its first tensor's device, which need not be the current one. No fused multiply-add but where a kernel asks:
     the reference rounds products and sums one by one."""
-    settings = {"enable_fp_fusion": False} | settings
-    if INTERPRETED:
-        kernel[grid](*args, **settings)
-        return
-    with torch.cuda.device_of(args[0]):
+    start(kernel, grid, args, {"enable_fp_fusion": False} | settings)
+
+
+def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> None:
+    with torch.cuda.device_of(args[0]):  # nothing for a CPU tensor
         kernel[grid](*args, **settings)
