@@ -49,7 +49,9 @@ class Buffers:
             return None
         span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
         inside = self.empty(span, dtype=t.dtype).as_strided(t.shape, t.stride())
-        return inside.copy_(t)
+        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())  # a row that is repeated lies there once
+        inside[once] = t[once].to(DEVICE)
+        return inside
 
     def check(self) -> None:
         for raw, nbytes in self._raw:

@@ -19,15 +19,21 @@ def lines(direction: str) -> list[dict[str, Any]]:
     return found
 
 
-def choose(direction: str, M: int, O: int, I: int, block_size: int) -> dict[str, Any]:
-    """Returns the line for a product of M rows with a weight [O, I]. What no kernel takes is decoded whole: path "dense".
+def takes(line: dict[str, Any], M: int, I: int, block_size: int) -> bool:
+    """Whether a line's kernel can do the product at all.
 
-    The kernels step through I by whole blocks of 64 columns or more; the skinny one scales whole 64s, so its blocks are no smaller.
+    Tiles step through I, and blocks must not cross rows. The skinny kernel scales sums of 64 columns, so its blocks are no smaller.
     """
-    if I % 64 or I % block_size:
-        return {"path": "dense"}
+    if line["path"] == "dense":
+        return True
+    whole = I % line.get("BI", 64) == 0 and I % block_size == 0
+    return whole and (line["path"] == "tile" or (M <= 16 and block_size >= 64))
+
+
+def choose(direction: str, M: int, O: int, I: int, block_size: int) -> dict[str, Any]:
+    """Returns the line for a product of M rows with a weight [O, I]. What no kernel takes is decoded whole: path "dense"."""
     for line in lines(direction):
         fits = line.get("rows", M) >= M and line.get("weights", 0) <= O * I
-        if fits and (block_size >= 64 or line["path"] != "skinny") and I % line.get("BI", 64) == 0:
+        if fits and takes(line, M, I, block_size):
             return line
     return {"path": "dense"}

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .choose import choose
+from .choose import choose, takes
 from .nf4 import decode, dequantize, dequantize_into, load_scale
 from .runtime import FLOATS, check, check_weight, launch, table, tl, triton
 from .skinny import skinny
@@ -55,7 +55,8 @@ def _decode_tile(
     word = tl.load(words, mask=inside, other=0)
     scale = load_scale(start // BLOCK + tl.arange(0, BLOCKS)[None, :], inside, absmax, absmax2, offset, map8, DOUBLE)
     word = tl.reshape(word, (ROWS, BLOCKS, WIDTH // 8 // BLOCKS))
-    return tl.reshape(decode(word, scale[:, :, None], code).to(DTYPE), (ROWS, WIDTH))
+    W = tl.reshape(decode(word, scale[:, :, None], code), (ROWS, WIDTH))
+    return W.to(DTYPE)  # after the reshape: triton 3.6 fails to compile the product of a transposed reshape
 
 
 @triton.jit
@@ -237,6 +238,8 @@ def _prepare(
     half = x.dtype in (torch.float16, torch.bfloat16)  # on tensor cores float32 would lose bits
     if not (half and rows.numel() and weight[0].data_ptr() % 4 == 0):
         return rows, low, {"path": "dense"}
+    if line is not None and not takes(line, rows.shape[0], I, block_size):
+        raise ValueError(f"{line} does not take {rows.shape[0]} rows and a weight {tuple(shape)} in blocks of {block_size}")
     return rows, low, line or choose(direction, rows.shape[0], O, I, block_size)
 
 
