@@ -3,11 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minilora
 
-.PHONY: demo test lint soak bench clean help
+.PHONY: demo test test-gpu test-triton-matrix lint soak bench bench-gpu clean help
 
 help:
 	@echo "make demo   fine-tune a small language model on this machine, about five minutes; writes runs/demo/"
 	@echo "make test   lint, types and every test"
+	@echo "make test-gpu            the tests of Triton kernels on the GPU of this machine, not in the interpreter"
+	@echo "make test-triton-matrix  the same in the interpreter, and the compile gate, on triton 3.6.0 and the newest; outside CI"
+	@echo "make bench-gpu           speed of the Triton kernels against bitsandbytes and cuBLAS; says so where there is no GPU"
 	@echo "make soak   what is repeated long: random failures while saving; outside CI"
 	@echo "make bench  speed against bitsandbytes and dense PyTorch, in processes of their own"
 	@echo "make clean  remove .venv and what was built (the model in $(CACHE) stays)"
@@ -18,6 +21,18 @@ demo: .venv/demo
 test: .venv/dev .venv/demo lint
 	@echo "== tests"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+
+test-gpu: .venv/dev
+	TRITON_INTERPRET=0 $(BIN)/pytest -q tests/test_gpu_nf4.py tests/test_gpu_products.py tests/test_gpu_card.py
+
+TRITON_TESTS := tests/test_interpreter.py tests/test_gpu_nf4.py tests/test_gpu_products.py tests/test_compile_gate.py
+test-triton-matrix: .venv/dev
+	@for version in triton==3.6.0 triton; do \
+	  rm -rf .venv/other-triton ; \
+	  $(BIN)/pip install -q --no-deps --target .venv/other-triton $$version || exit 1 ; \
+	  echo "== $$(ls -d .venv/other-triton/triton-*.dist-info)" ; \
+	  PYTHONPATH=.venv/other-triton OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(TRITON_TESTS) || exit 1 ; \
+	done ; rm -rf .venv/other-triton
 
 lint: .venv/dev
 	@echo "== lint and types"
@@ -30,6 +45,9 @@ soak: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python tests/bench/cpu.py
+
+bench-gpu: .venv/dev
+	$(BIN)/python tests/bench/gpu.py
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
