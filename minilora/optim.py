@@ -9,8 +9,9 @@ How a step that runs out of memory loses and repeats nothing: **first everything
 the last allocation nothing has changed, so a failure is followed by another try with less memory (states moved out, then pages
 halved). After it only operators run that write in place.
 
-The operators are those of `torch.optim.AdamW(foreach=True)`, in its order: the same bits. On the CPU they are those of
-`foreach=False` too; `fused=True` rounds differently anywhere. See `kernels/reference/adamw.py` for the mathematics.
+On the CPU the bits are those of `torch.optim.AdamW(foreach=False)`; `foreach=True` differs from it in 16-bit dtypes. On a GPU the
+operators are those of its default there, `foreach=True`, in its order. `fused=True` rounds differently anywhere. The mathematics
+stands in `kernels/reference/adamw.py`.
 
 When it pays: LoRA's own states are small (r = 16 on a 7B model: some 320 MB in float32), and next to the activations hardly
 matter. It matters for high ranks, trained embeddings, full fine-tuning of small models, and for the peak of a long sequence.
@@ -349,15 +350,23 @@ def _adamw(group: dict[str, Any], operands: list[list[Tensor]], steps: list[floa
     params, grads, exp_avgs, exp_avg_sqs, scratch = operands
     lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
     if weight_decay != 0:
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        _scale(params, 1 - lr * weight_decay)
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
+    _scale(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
     torch._foreach_copy_(scratch, exp_avg_sqs)
     torch._foreach_sqrt_(scratch)
     torch._foreach_div_(scratch, [(1 - beta2**t) ** 0.5 for t in steps])
     torch._foreach_add_(scratch, eps)
     torch._foreach_addcdiv_(params, exp_avgs, scratch, [-(lr / (1 - beta1**t)) for t in steps])
+
+
+def _scale(tensors: list[Tensor], factor: float) -> None:
+    if tensors[0].is_cpu:  # there foreach rounds the factor to bfloat16 or float16 first: other bits than one by one
+        for tensor in tensors:
+            tensor.mul_(factor)
+    else:
+        torch._foreach_mul_(tensors, factor)
 
 
 def _check_options(options: dict[str, Any]) -> None:

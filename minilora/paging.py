@@ -271,7 +271,7 @@ class CudaLane(Lane):
         with torch.cuda.stream(self.side):
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
-            ticket = torch.cuda.Event()
+            ticket = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ticket.record()
         return ticket
 
