@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from minilora.paging import Desk, Lane, Paging, Update, lane_for
+from minilora.paging import Desk, Lane, Operands, Paging, Update, lane_for
 
 Page = Literal["on_oom", "always", "never"]
 State = dict[str, Tensor]
@@ -345,20 +345,19 @@ class PagedAdamW(torch.optim.Optimizer):
         super().__setstate__(state)
 
 
-def _adamw(group: dict[str, Any], operands: list[list[Tensor]], steps: list[float]) -> None:
-    """The update of one page, in place. `operands`: parameters, gradients, both states, scratch of the same shapes."""
-    params, grads, exp_avgs, exp_avg_sqs, scratch = operands
+def _adamw(group: dict[str, Any], page: Operands) -> None:
+    """The update of one page, in place. Two operators run over its whole scratch at once: what is correctly rounded may."""
     lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
     if weight_decay != 0:
-        _scale(params, 1 - lr * weight_decay)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    _scale(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    torch._foreach_copy_(scratch, exp_avg_sqs)
-    torch._foreach_sqrt_(scratch)
-    torch._foreach_div_(scratch, [(1 - beta2**t) ** 0.5 for t in steps])
-    torch._foreach_add_(scratch, eps)
-    torch._foreach_addcdiv_(params, exp_avgs, scratch, [-(lr / (1 - beta1**t)) for t in steps])
+        _scale(page.params, 1 - lr * weight_decay)
+    torch._foreach_lerp_(page.exp_avgs, page.grads, 1 - beta1)
+    _scale(page.exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(page.exp_avg_sqs, page.grads, page.grads, 1 - beta2)
+    torch._foreach_copy_(page.scratch, page.exp_avg_sqs)
+    page.flat.sqrt_()
+    torch._foreach_div_(page.scratch, [(1 - beta2**t) ** 0.5 for t in page.steps])
+    page.flat.add_(eps)
+    torch._foreach_addcdiv_(page.params, page.exp_avgs, page.scratch, [-(lr / (1 - beta1**t)) for t in page.steps])
 
 
 def _scale(tensors: list[Tensor], factor: float) -> None:

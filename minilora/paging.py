@@ -197,7 +197,7 @@ class Lane(ABC):
 class PlainLane(Lane):
     """Copies at once, to and from pageable memory: the CPU, and devices that have no lane of their own."""
 
-    scratch_bytes = 2**18  # with its four operands it stays in a core's cache
+    scratch_bytes = 4 * 2**20  # smaller would stay in cache, but each page starts all threads twice
 
     def _host_like(self, like: Tensor) -> Tensor:
         return torch.empty_like(like, device="cpu")
@@ -293,7 +293,19 @@ def lane_for(device: torch.device) -> Lane:
     return LANES.get(device.type, PlainLane)(device)
 
 
-Compute = Callable[[dict[str, Any], list[list[Tensor]], list[float]], None]
+class Operands(NamedTuple):
+    """What the update of a page works on: lists of tensors, one a piece, of the same shapes; `flat`: all scratch, with its gaps."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    scratch: list[Tensor]
+    steps: list[float]
+    flat: Tensor
+
+
+Compute = Callable[[dict[str, Any], Operands], None]
 
 
 class Desk:
@@ -352,18 +364,21 @@ class Desk:
 
     def _update(self, page: Page, states: tuple[Tensor, Tensor] | None, compute: Compute) -> None:
         dtype, itemsize = _dtype(page)
-        scratch = self.scratch[: page.size * itemsize].view(dtype)
-        operands: list[list[Tensor]] = [[], [], [], [], []]
+        flat = self.scratch[: page.size * itemsize].view(dtype)
+        operands = Operands([], [], [], [], [], [], flat)
         for piece in page.pieces:
             update = piece.update
             if states and update.away:
                 m, v = (piece.within(state) for state in states)
             else:
                 m, v = piece.of(update.exp_avg), piece.of(update.exp_avg_sq)
-            found = piece.of(update.param), piece.of(update.grad), m, v, piece.within(scratch)
-            for operand, tensor in zip(operands, found, strict=True):
-                operand.append(tensor)
-        compute(page.group, operands, [piece.update.step for piece in page.pieces])
+            operands.params.append(piece.of(update.param))
+            operands.grads.append(piece.of(update.grad))
+            operands.exp_avgs.append(m)
+            operands.exp_avg_sqs.append(v)
+            operands.scratch.append(piece.within(flat))
+            operands.steps.append(update.step)
+        compute(page.group, operands)
 
     def _count(self, page: Page, report: Paging) -> None:
         moved = 2 * sum(p.length for p in page.pieces if p.update.away) * _dtype(page)[1]
