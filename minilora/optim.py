@@ -246,7 +246,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _begin(self) -> None:
         if self.paging.since is None:
-            self.paging.since = 1 + int(max((state["step"].item() for state in self.state.values()), default=0))
+            self.paging.since = 1 + int(max((state["step"].item() for state in self.state.values() if state), default=0))
 
     @contextmanager
     def _timed(self, counts: bool = True) -> Iterator[None]:

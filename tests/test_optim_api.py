@@ -116,6 +116,18 @@ def test_loading_copies_and_shares_nothing_with_what_it_loads() -> None:
     assert_equal(saved, before)
 
 
+def test_a_state_dict_without_states_leaves_none_behind() -> None:
+    a = model()
+    optimizer = mine(a)
+    empty = copy.deepcopy(optimizer.state_dict())
+    train(a, optimizer, range(1))
+    optimizer.page_out()
+    optimizer.load_state_dict(empty)
+    assert optimizer.page_in() == 0 and not optimizer.state
+    train(a, optimizer, range(1))
+    assert optimizer.paging.pages == 0
+
+
 def test_step_as_a_number_and_keys_that_older_versions_lack_are_read() -> None:
     a, b = model(), model()
     optimizer = mine(a)
