@@ -23,7 +23,7 @@ test: .venv/dev .venv/demo lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
 
 test-gpu: .venv/dev
-	TRITON_INTERPRET=0 $(BIN)/pytest -q tests/test_gpu_nf4.py tests/test_gpu_products.py tests/test_gpu_card.py
+	TRITON_INTERPRET=0 $(BIN)/pytest -q tests/test_gpu_nf4.py tests/test_gpu_products.py tests/test_gpu_card.py tests/test_paging_gpu.py
 
 TRITON_TESTS := tests/test_interpreter.py tests/test_gpu_nf4.py tests/test_gpu_products.py tests/test_compile_gate.py
 test-triton-matrix: .venv/dev
@@ -48,6 +48,7 @@ bench: .venv/dev
 
 bench-gpu: .venv/dev
 	$(BIN)/python tests/bench/gpu.py
+	$(BIN)/python tests/bench/paged.py
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \

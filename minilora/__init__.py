@@ -16,9 +16,11 @@ from minilora.functional import nf4_linear as nf4_linear
 from minilora.merging import merge as merge
 from minilora.modules import LoRALinear as LoRALinear
 from minilora.modules import NF4Linear as NF4Linear
+from minilora.optim import PagedAdamW as PagedAdamW
 from minilora.plan import plan as plan
 from minilora.recipe import FinetuneConfig as FinetuneConfig
 from minilora.recipe import finetune as finetune
+from minilora.retry import retry_on_oom as retry_on_oom
 from minilora.surgery import adapter_parameters as adapter_parameters
 from minilora.surgery import audit as audit
 from minilora.surgery import disabled as disabled
@@ -36,6 +38,7 @@ __all__ = [
     "LoRALinear",
     "NF4Linear",
     "NF4Weight",
+    "PagedAdamW",
     "adapter_parameters",
     "audit",
     "dequantize_nf4",
@@ -50,5 +53,6 @@ __all__ = [
     "plan",
     "quantize",
     "quantize_nf4",
+    "retry_on_oom",
     "save_adapter",
 ]

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -18,6 +20,36 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)  # workers that spin against each other are ten times slower
+
+
+class Allocator(TorchDispatchMode):
+    """Inside `with Allocator(fails) as a:` allocation k = 0, 1, ... runs out of memory where fails(k); a.count counts them.
+
+    An operator allocates, however it is spelled, if it returns a storage that it was not given, or makes a given one larger.
+    """
+
+    def __init__(self, fails: Callable[[int], bool] = lambda k: False) -> None:
+        super().__init__()
+        self.fails, self.count, self.failed = fails, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {s._cdata: s.nbytes() for s in _storages((args, kwargs or {}))}
+        out = func(*args, **(kwargs or {}))
+        if any(s.nbytes() > given.get(s._cdata, 0) for s in _storages((args, kwargs or {}, out))):
+            self.count += 1
+            if self.fails(self.count - 1):
+                self.failed += 1
+                raise torch.OutOfMemoryError(f"injected at allocation {self.count - 1}: {func}")
+        return out
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+@pytest.fixture(scope="session")
+def allocator() -> type[Allocator]:
+    return Allocator
 
 
 @pytest.fixture(scope="session")

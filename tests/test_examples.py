@@ -9,7 +9,19 @@ import torch
 
 import minilora
 
-MODULES = ["weight", "functional", "modules", "surgery", "merging", "checkpoint", "plan", "recipe", "kernels.reference.nf4"]
+MODULES = [
+    "weight",
+    "functional",
+    "modules",
+    "surgery",
+    "merging",
+    "checkpoint",
+    "plan",
+    "optim",
+    "retry",
+    "recipe",
+    "kernels.reference.nf4",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -28,13 +28,16 @@ ROOMS = {
     "merging": 8,
     "checkpoint": 8,
     "plan": 8,
+    "paging": 7,
+    "optim": 8,
+    "retry": 9,
     "data": 9,
     "hf": 9,
     "recipe": 10,
     "demo": 11,
     "cli": 12,
 }
-CORE = [room for room, rank in ROOMS.items() if rank <= 8 and room not in ("plan", "kernels.cpu", "kernels.gpu")]
+CORE = [room for room, rank in ROOMS.items() if rank <= 8 and room not in ("plan", "paging", "optim", "kernels.cpu", "kernels.gpu")]
 TWINS = ("kernels.cpu", "kernels.gpu")  # they say again, fast, what kernels/reference says
 OWN = {"kernels.cpu": {"numba", "llvmlite"}, "kernels.gpu": {"triton"}, "cli": {"typer"}}
 EVERYWHERE = {"torch", "numpy", "safetensors", "minilora"}
@@ -187,6 +190,10 @@ SURFACE = {
         "(packed: Tensor, absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None, shape: Size, dtype: dtype, "
         "block_size: int = 64, quant_type: str = 'nf4') -> None"
     ),
+    "PagedAdamW": (
+        "(params: Any, lr: float = 0.001, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-08, "
+        "weight_decay: float = 0.01, *, page: Literal['on_oom', 'always', 'never'] = 'on_oom') -> None"
+    ),
     "adapter_parameters": "(model: Module) -> list[Parameter]",
     "audit": "(model: Module) -> list[str]",
     "dequantize_nf4": "(w: NF4Weight, dtype: dtype | None = None) -> Tensor",
@@ -216,6 +223,7 @@ SURFACE = {
         "compute_dtype: dtype | None = None) -> ~Model"
     ),
     "quantize_nf4": "(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4Weight",
+    "retry_on_oom": "(step: Callable[[], ~T], optimizer: PagedAdamW) -> ~T",
     "save_adapter": "(model: Module, path: str | Path) -> Path",
 }
 
