@@ -1,10 +1,12 @@
-"""What every test runs under: no network, one thread a worker, hypothesis without deadlines; and one small language model."""
+"""What every test runs under: no network, one thread a worker, hypothesis without deadlines; and small language models."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,3 +61,43 @@ def tiny_llama() -> Callable[..., Any]:
             return transformers.LlamaForCausalLM(config).eval()
 
     return make
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Callable[[str], Any]) -> Path:
+    """A model folder as transformers writes it: a tiny Llama and its byte-level tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("tiny")
+    byte_tokenizer(CHATML).save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=258,
+        tie_word_embeddings=True,
+        initializer_range=0.2,  # a frozen head as small as 0.02 cannot be made to say anything
+        bos_token_id=257,
+        eos_token_id=256,
+        pad_token_id=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Twenty lines: four questions, each five times."""
+    path = tmp_path / "data.jsonl"
+    lines = [{"prompt": f"say {word}", "completion": word.upper()} for word in ("yes", "no", "perhaps", "never") * 5]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
