@@ -4,7 +4,7 @@ A checkpoint is a folder, OUT/checkpoints/step-00000040:
 
     adapter_config.json, adapter_model.safetensors    the adapter: any of these folders serves as --adapter
     optimizer.safetensors                             AdamW's moments and counts, as "<parameter's index>.<name>"
-    run.json                                          the config, what the examples were, the random states
+    run.json                                          the config, what the examples were, learning rate, random states
     metrics.jsonl                                     a line for each step so far
     manifest.json                                     the SHA-256 of every other file
 
@@ -122,7 +122,8 @@ def save(out: Path, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer
             write_tensors(folder / OPTIMIZER, tensors, {})
             device = adapter_parameters(model)[0].device
             facts = {"config": run.config, "examples": run.examples, "eval_before": run.eval_before}
-            (folder / RUN).write_text(json.dumps(facts | {"random": random_states(device)}) + "\n")
+            facts |= {"lr": [group["lr"] for group in optimizer.param_groups], "random": random_states(device)}
+            (folder / RUN).write_text(json.dumps(facts) + "\n")
             (folder / METRICS).write_text("".join(run.metrics))
             (folder / MANIFEST).write_text(json.dumps({p.name: _sha256(p) for p in sorted(folder.iterdir())}, indent=2) + "\n")
     except OSError as error:
@@ -232,7 +233,10 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> N
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = tensors[key].clone()  # what was read is mapped from a file that will be removed
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    set_random_states(json.loads((path / RUN).read_text())["random"], adapter_parameters(model)[0].device)
+    facts = json.loads((path / RUN).read_text())
+    for group, lr in zip(optimizer.param_groups, facts["lr"], strict=True):  # what else is in a group comes from the config
+        group["lr"] = lr
+    set_random_states(facts["random"], adapter_parameters(model)[0].device)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

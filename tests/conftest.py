@@ -1,6 +1,5 @@
 """What every test runs under: no network, one thread a worker, hypothesis without deadlines; and small language models."""
 
-import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
@@ -91,13 +90,4 @@ def folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Callable[[s
         pad_token_id=256,
     )
     LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Twenty lines: four questions, each five times."""
-    path = tmp_path / "data.jsonl"
-    lines = [{"prompt": f"say {word}", "completion": word.upper()} for word in ("yes", "no", "perhaps", "never") * 5]
-    path.write_text("\n".join(map(json.dumps, lines)))
     return path

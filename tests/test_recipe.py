@@ -19,6 +19,14 @@ from minilora.hf import pick_device
 from minilora.recipe import FinetuneConfig, evaluate, finetune, token_losses, train
 
 
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    lines = [{"prompt": f"say {word}", "completion": word.upper()} for word in ("yes", "no", "perhaps", "never") * 5]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
 def configure(folder: Path, data: Path, out: Path, **changes: Any) -> FinetuneConfig:
     settings: dict[str, Any] = {"lr": 1e-2, "steps": 12, "batch_size": 4, "max_length": 80, "eval_fraction": 0.2} | changes
     return FinetuneConfig(str(folder), str(data), str(out), **settings)
