@@ -223,6 +223,8 @@ def forward_backward(
         micro = picked[i : i + config.batch_size]
         batch = to_device(collate([e for _, e in micro], pad, PAD_TO), device)
         part = token_losses(model, batch) / learned
+        if not part.requires_grad:
+            check_gradients(model)  # none of them: torch would say so without a name
         part.backward()  # type: ignore[no-untyped-call]
         check_finite(part.item(), "the loss", step, micro)
         loss += part.item()
