@@ -121,7 +121,7 @@ def save(out: Path, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer
             tensors = {f"{index}.{name}": value for index, held in state.items() for name, value in held.items()}
             write_tensors(folder / OPTIMIZER, tensors, {})
             device = adapter_parameters(model)[0].device
-            facts = {"config": run.config, "examples": run.examples, "eval_before": run.eval_before}
+            facts: dict[str, Any] = {"config": run.config, "examples": run.examples, "eval_before": run.eval_before}
             facts |= {"lr": [group["lr"] for group in optimizer.param_groups], "random": random_states(device)}
             (folder / RUN).write_text(json.dumps(facts) + "\n")
             (folder / METRICS).write_text("".join(run.metrics))
