@@ -378,10 +378,11 @@ def test_every_field_of_the_config_is_compared_or_is_free() -> None:
     assert CHANGES.keys() | resume.FREE == FinetuneConfig.__dataclass_fields__.keys()
 
 
-def test_other_data_is_refused(configure: Configure, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("was", "now"), [("NEVER", "NEVEr"), ("say never", "say neveR")], ids=["answer", "question"])
+def test_other_data_is_refused(was: str, now: str, configure: Configure, data: Path, tmp_path: Path) -> None:
     interrupt(configure(), 1)
     other = tmp_path / "other.jsonl"
-    other.write_text(data.read_text().replace("NEVER", "NEVEr"))
+    other.write_text(data.read_text().replace(was, now))
     with pytest.raises(ValueError, match=r"other\.jsonl gives other examples .*step-00000001"):
         finetune(configure(resume=True, data=str(other)))
 
