@@ -57,11 +57,18 @@ def finetune(
     eval_fraction: Annotated[float, typer.Option(help="Share of the examples that is held out.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Decides the hold-out, the order and the adapter's start.")] = 0,
     device: Device = None,
+    checkpointing: Annotated[
+        bool | None, typer.Option(help="Gradient checkpointing: less memory, more time; left out: with --quantize.")
+    ] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between two checkpoints of the run; 0: only when stopped.")] = 100,
+    keep: Annotated[int, typer.Option(help="Checkpoints that are kept, the last ones.")] = 2,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest whole checkpoint in --out.")] = False,
 ) -> None:
     """Fine-tune a causal language model on your own data."""
     from minilora.plan import amount
     from minilora.recipe import FinetuneConfig, peak_memory
     from minilora.recipe import finetune as run
+    from minilora.resume import Interrupted
 
     config = FinetuneConfig(
         model=model,
@@ -82,8 +89,16 @@ def finetune(
         eval_fraction=eval_fraction,
         seed=seed,
         device=device,
+        checkpointing=checkpointing,
+        save_every=save_every,
+        keep=keep,
+        resume=resume,
     )
-    result = run(config)
+    try:
+        result = run(config)
+    except Interrupted as stopped:  # typer would swallow what a KeyboardInterrupt says
+        print(f"minilora: {stopped}", file=sys.stderr)
+        raise typer.Exit(128 + stopped.signal) from None
     if result.eval_before is not None and result.eval_after is not None:
         print(f"held-out loss {result.eval_before:.3f} before, {result.eval_after:.3f} after (nats a learned token)")
     print(f"training loss {result.history[0].loss:.3f} at the first step, {result.history[-1].loss:.3f} at the last")

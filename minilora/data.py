@@ -8,7 +8,7 @@ import json
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Example:
     ids: list[int]
     labels: list[int]
     cut: bool = False  # the answer went on past max_length
+    where: str = field(default="", compare=False)  # "file:line", for errors
 
     @property
     def learned(self) -> int:
@@ -99,7 +100,7 @@ def encode(
     if "text" in record and "messages" not in record and "prompt" not in record:
         ids = tokenizer(record["text"])["input_ids"]
         windows = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-        return [Example(w, list(w)) for w in windows if len(w) > 1]
+        return [Example(w, list(w), where=where) for w in windows if len(w) > 1]
     messages = record.get("messages") or [
         {"role": "user", "content": record["prompt"]},
         {"role": "assistant", "content": record["completion"]},
@@ -117,7 +118,7 @@ def encode(
             else f"{where}: the assistant says nothing, there is nothing to learn"
         )
     labels = [i if yes else IGNORE for i, yes in zip(ids, learned, strict=True)]
-    return [Example(ids[:max_length], labels[:max_length], cut=len(ids) > max_length)]
+    return [Example(ids[:max_length], labels[:max_length], cut=len(ids) > max_length, where=where)]
 
 
 def _render(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> tuple[str, list[tuple[int, int]]]:

@@ -132,7 +132,7 @@ def _one_line(text: str, limit: int = 96) -> str:
 
 def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
     """Runs the demo; writes the adapter, metrics.jsonl, loss.png and report.md to `out`."""
-    config = FinetuneConfig(DEMO_MODEL, "cheat", out, lr=1e-3, steps=steps, seed=seed)
+    config = FinetuneConfig(DEMO_MODEL, "cheat", out, lr=1e-3, steps=steps, seed=seed, checkpointing=False)  # a third less time
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     to_learn, held_out = split(read_sheets(), seed)
@@ -152,7 +152,7 @@ def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
     print(planned)
     inject(model, config.r, seed=seed)
 
-    say(f"train: {steps} steps of 8 from {len(training)} commands; {len(unseen)} commands of other tools are held out")
+    say(f"train: {steps} steps of 8 from {len(training)} commands, without gradient checkpointing; {len(unseen)} are held out")
     start = time.perf_counter()
     history = train_with_bar(model, training, config, pad=pad)
     seconds = time.perf_counter() - start

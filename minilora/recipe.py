@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from minilora.checkpoint import save_adapter
 from minilora.data import IGNORE, Example, batch_order, collate, load_examples
 from minilora.files import write_text
-from minilora.hf import load_dense, own_memory, pad_id, pick_device
+from minilora.hf import gradient_checkpointing, load_dense, own_memory, pad_id, pick_device
 from minilora.plan import amount
-from minilora.surgery import adapter_parameters, inject, quantize_steps
+from minilora.resume import Keeper, clear
+from minilora.surgery import adapter_parameters, audit, inject, quantize_steps
 
 PAD_TO = 16  # tokens: sequences are padded to a multiple
 
@@ -45,6 +46,11 @@ class FinetuneConfig:
         eval_fraction: share of the examples held out; 0: none.
         seed: decides the adapter's start, the hold-out and the order.
         device: "cpu", "cuda"; None: the GPU if there is one.
+        checkpointing: gradient checkpointing: less memory for more time, the same bits. None: where the base is quantized and
+            the model has it.
+        save_every: steps between two checkpoints of the run; 0: none but at Ctrl-C or SIGTERM.
+        keep: so many checkpoints are kept, the last ones.
+        resume: go on from the newest whole checkpoint in `out`.
 
     Raises:
         ValueError: a number out of range, by name.
@@ -74,9 +80,15 @@ class FinetuneConfig:
     eval_fraction: float = 0.05
     seed: int = 0
     device: str | None = None
+    checkpointing: bool | None = None
+    save_every: int = 100
+    keep: int = 2
+    resume: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "grad_accum", "max_length", "steps"):
+        if self.save_every < 0:
+            raise ValueError(f"save_every={self.save_every}: at least 0")
+        for name in ("batch_size", "grad_accum", "max_length", "steps", "keep"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: at least 1")
@@ -157,37 +169,87 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def train(model: nn.Module, examples: Sequence[Example], config: FinetuneConfig, *, pad: int) -> Iterator[Step]:
-    """Trains an injected model and yields a `Step` after each optimizer step. Only the adapter's parameters change."""
+def make_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(adapter_parameters(model), lr=config.lr, weight_decay=config.weight_decay)
+
+
+def train(
+    model: nn.Module,
+    examples: Sequence[Example],
+    config: FinetuneConfig,
+    *,
+    pad: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    done: int = 0,
+) -> Iterator[Step]:
+    """Trains an injected model and yields a `Step` after each optimizer step. Only the adapter's parameters change.
+
+    With `done` steps behind it, and the model, the optimizer and the random states as they were then, it goes on to the bit.
+
+    Raises:
+        ValueError: an adapter got no gradient in the first step.
+        FloatingPointError: a loss or a gradient is NaN or infinite; the batch is named, the parameters are as before the step.
+    """
     parameters = adapter_parameters(model)
-    device = parameters[0].device
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = optimizer or make_optimizer(model, config)
     steps, in_a_step = config.steps_for(len(examples)), config.batch_size * config.grad_accum
     model.train()
-    for step in range(steps):
+    for step in range(done, steps):
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = config.lr * schedule(step, steps)
-        picked = [examples[i] for i in batch_order(len(examples), in_a_step, config.seed, step)]
-        picked.sort(key=lambda e: len(e.ids))  # micro-batches of like lengths: less padding, the same sum
-        learned = sum(e.learned for e in picked)  # over the whole step: a token weighs the same in any micro-batch
-        loss = 0.0
-        for i in range(0, in_a_step, config.batch_size):
-            batch = to_device(collate(picked[i : i + config.batch_size], pad, PAD_TO), device)
-            part = token_losses(model, batch) / learned
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += part.item()
+        picked = [(i, examples[i]) for i in batch_order(len(examples), in_a_step, config.seed, step)]
+        picked.sort(key=lambda pair: len(pair[1].ids))  # micro-batches of like lengths: less padding, the same sum
+        loss = forward_backward(model, picked, config, step, pad=pad)
+        if step == done:
+            check_gradients(model)
         norm = nn.utils.clip_grad_norm_(parameters, config.clip).item()
-        if not math.isfinite(loss + norm):
-            raise FloatingPointError(
-                f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}. The parameters are those of step {step}; "
-                "lower the learning rate, or look at what is in the batch."
-            )
+        check_finite(norm, "the gradient's norm", step, picked)
         optimizer.step()
         optimizer.zero_grad()
-        tokens = sum(len(e.ids) for e in picked)
+        learned, tokens = sum(e.learned for _, e in picked), sum(len(e.ids) for _, e in picked)
         lr = optimizer.param_groups[0]["lr"]
         yield Step(step + 1, loss, lr, norm, learned, tokens, time.perf_counter() - start)
+
+
+def forward_backward(
+    model: nn.Module, picked: Sequence[tuple[int, Example]], config: FinetuneConfig, step: int, *, pad: int
+) -> float:
+    """Adds the gradients of a step's examples, in micro-batches, and returns its loss."""
+    device = adapter_parameters(model)[0].device
+    learned = sum(e.learned for _, e in picked)  # over the whole step: a token weighs the same in any micro-batch
+    loss = 0.0
+    for i in range(0, len(picked), config.batch_size):
+        micro = picked[i : i + config.batch_size]
+        batch = to_device(collate([e for _, e in micro], pad, PAD_TO), device)
+        part = token_losses(model, batch) / learned
+        if not part.requires_grad:
+            check_gradients(model)  # none of them: torch would say so without a name
+        part.backward()  # type: ignore[no-untyped-call]
+        check_finite(part.item(), "the loss", step, micro)
+        loss += part.item()
+    return loss
+
+
+def check_finite(value: float, what: str, step: int, picked: Sequence[tuple[int, Example]]) -> None:
+    if not math.isfinite(value):
+        batch = "; ".join(f"example {i} ({e.where or 'ids'}: {str(e.ids[:8])[1:-1]}, ...)" for i, e in picked)
+        raise FloatingPointError(
+            f"step {step + 1}: {what} is {value}. The parameters are those of step {step}; lower the learning rate, or look at "
+            f"what is in the batch (token ids): {batch}."
+        )
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Raises ValueError, with names, if a part of the adapters took no part in the first backward."""
+    if without := audit(model):
+        shown = ", ".join(without[:8]) + (f" and {len(without) - 8} more" if len(without) > 8 else "")
+        raise ValueError(
+            f"adapters got no gradient in the first step and would never learn ({len(without)} of them): {shown}. Likely reasons: "
+            "gradient checkpointing that is reentrant (the input of a frozen base needs no gradient); a fused loss that reads "
+            "lm_head.weight and goes round the layer; a part of the model that this data does not reach, or whose output is "
+            "detached. Leave those layers out with targets, or mend the path"
+        )
 
 
 @torch.no_grad()
@@ -204,11 +266,11 @@ def evaluate(model: nn.Module, examples: Sequence[Example], *, batch_size: int =
     return total / sum(e.learned for e in examples)
 
 
-def bar(what: str, total: int | None = None) -> Any:
+def bar(what: str, total: int | None = None, done: int = 0) -> Any:
     """A progress bar; silent where the output is no terminal."""
     from tqdm import tqdm
 
-    return tqdm(desc=what, total=total, disable=None, dynamic_ncols=True)
+    return tqdm(desc=what, total=total, initial=done, disable=None, dynamic_ncols=True)
 
 
 def quantize_with_bar(model: nn.Module) -> None:
@@ -219,16 +281,31 @@ def quantize_with_bar(model: nn.Module) -> None:
     own_memory(model)
 
 
-def train_with_bar(model: nn.Module, examples: Sequence[Example], config: FinetuneConfig, *, pad: int) -> list[Step]:
-    """Runs `train` to its end, shows its progress, and writes a line a step to `metrics.jsonl`."""
-    history: list[Step] = []
-    with bar("train", config.steps_for(len(examples))) as progress, (Path(config.out) / "metrics.jsonl").open("w") as metrics:
-        for step in train(model, examples, config, pad=pad):
+def train_with_bar(
+    model: nn.Module, examples: Sequence[Example], config: FinetuneConfig, *, pad: int, keeper: Keeper | None = None
+) -> list[Step]:
+    """Runs `train` to its end, shows its progress, and writes a line a step to `metrics.jsonl`.
+
+    With a keeper it starts where that one stands and saves checkpoints; without, Ctrl-C ends it at once and nothing is saved.
+    """
+    optimizer = make_optimizer(model, config)
+    lines = keeper.start(model, optimizer) if keeper else []
+    history = [Step(**json.loads(line)) for line in lines]
+    write_text(path := Path(config.out) / "metrics.jsonl", "".join(lines))  # those of steps that will be done again are cut off
+    with (
+        bar("train", config.steps_for(len(examples)), done=len(history)) as progress,
+        path.open("a") as metrics,
+        keeper.watch() if keeper else nullcontext(),
+    ):
+        for step in train(model, examples, config, pad=pad, optimizer=optimizer, done=len(history)):
             history.append(step)
             progress.set_postfix_str(f"loss {step.loss:.3f}, {step.tokens / step.seconds:.0f} tokens/s, {amount(peak_memory())}")
             progress.update()
-            metrics.write(json.dumps(asdict(step)) + "\n")
+            line = json.dumps(asdict(step)) + "\n"
+            metrics.write(line)
             metrics.flush()
+            if keeper:
+                keeper.after(line, model, optimizer)
     return history
 
 
@@ -251,17 +328,29 @@ def hold_out(examples: Sequence[Example], fraction: float, seed: int) -> tuple[l
     return [examples[i] for i in order[count:]], [examples[i] for i in order[:count]]
 
 
+def recompute(model: nn.Module, config: FinetuneConfig) -> AbstractContextManager[None]:
+    """Gradient checkpointing inside the block, if the config wants it."""
+    can = bool(getattr(model, "supports_gradient_checkpointing", False))
+    wanted = config.quantize and can if config.checkpointing is None else config.checkpointing
+    return gradient_checkpointing(model) if wanted else nullcontext()
+
+
 def finetune(config: FinetuneConfig) -> Result:
     """Loads, quantizes, injects, trains and saves: see `FinetuneConfig`.
 
-    Writes to `config.out`: the adapter (`save_adapter`), `config.json`, `metrics.jsonl` with a line a step.
+    Writes to `config.out`: the adapter (`save_adapter`), `config.json`, `metrics.jsonl` with a line a step; and `checkpoints/`
+    until the run is finished. A run that was stopped and resumed, on the same machine and versions, gives the same bits as one
+    that was not.
 
     Returns:
         A `Result`: the trained model, its tokenizer, the loss on the hold-out before and after, and every `Step`.
 
     Raises:
-        ValueError, FileNotFoundError: from the config, the data or the model, before anything is written.
-        FloatingPointError: the loss became NaN or infinite.
+        ValueError, FileNotFoundError: from the config, the data or the model, or from what there is to resume, before anything
+            is written. ValueError too if an adapter gets no gradient.
+        FloatingPointError: a loss or a gradient became NaN or infinite.
+        OSError: a checkpoint could not be written.
+        minilora.resume.Interrupted: Ctrl-C or SIGTERM, after the checkpoint was written. A KeyboardInterrupt.
 
     Example:
         >>> result = finetune(FinetuneConfig("smollm2", "my.jsonl", "my-adapter"))  # doctest: +SKIP
@@ -269,19 +358,24 @@ def finetune(config: FinetuneConfig) -> Result:
         True
     """
     device = pick_device(config.device)
+    out, facts = Path(config.out), json.loads(json.dumps(asdict(config)))
+    keeper = Keeper(out, facts, every=config.save_every, keep=config.keep, resume=config.resume)
     torch.manual_seed(config.seed)  # dropout
     model, tokenizer = load_dense(config.model, device=device)
     examples = load_examples(config.data, tokenizer, config.max_length, learn_prompt=config.learn_prompt)
+    keeper.check_examples(config.data, examples)
     training, held_out = hold_out(examples, config.eval_fraction, config.seed)
     if config.quantize:
         quantize_with_bar(model)
     inject(model, config.r, alpha=config.alpha, targets=config.targets, dropout=config.dropout, seed=config.seed)
     pad = pad_id(tokenizer)
-    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-    before = evaluate(model, held_out, batch_size=config.batch_size, pad=pad) if held_out else None
-    history = train_with_bar(model, training, config, pad=pad)
-    after = evaluate(model, held_out, batch_size=config.batch_size, pad=pad) if held_out else None
+    write_text(out / "config.json", json.dumps(facts, indent=2) + "\n")
+    if held_out and not keeper.resumed:
+        keeper.run.eval_before = evaluate(model, held_out, batch_size=config.batch_size, pad=pad)
+    with recompute(model, config):
+        history = train_with_bar(model, training, config, pad=pad, keeper=keeper)
     save_adapter(model, out)
-    return Result(model, tokenizer, out, before, after, history)
+    after = evaluate(model, held_out, batch_size=config.batch_size, pad=pad) if held_out else None
+    clear(out)
+    return Result(model, tokenizer, out, keeper.run.eval_before, after, history)

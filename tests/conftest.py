@@ -1,4 +1,4 @@
-"""What every test runs under: no network, Triton interpreted, one thread a worker, hypothesis without deadlines; a small model."""
+"""What every test runs under: no network, Triton interpreted, one thread a worker, hypothesis without deadlines; small models."""
 
 import os
 
@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton; with a GPU: TRITON_INTERPRET=0, `make test-gpu`
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,3 +93,34 @@ def tiny_llama() -> Callable[..., Any]:
             return transformers.LlamaForCausalLM(config).eval()
 
     return make
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Callable[[str], Any]) -> Path:
+    """A model folder as transformers writes it: a tiny Llama and its byte-level tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("tiny")
+    byte_tokenizer(CHATML).save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=258,
+        tie_word_embeddings=True,
+        initializer_range=0.2,  # a frozen head as small as 0.02 cannot be made to say anything
+        bos_token_id=257,
+        eos_token_id=256,
+        pad_token_id=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path

@@ -33,9 +33,10 @@ ROOMS = {
     "retry": 9,
     "data": 9,
     "hf": 9,
-    "recipe": 10,
-    "demo": 11,
-    "cli": 12,
+    "resume": 10,
+    "recipe": 11,
+    "demo": 12,
+    "cli": 13,
 }
 CORE = [room for room, rank in ROOMS.items() if rank <= 8 and room not in ("plan", "paging", "optim", "kernels.cpu", "kernels.gpu")]
 TWINS = ("kernels.cpu", "kernels.gpu")  # they say again, fast, what kernels/reference says
@@ -85,7 +86,7 @@ def parse(path: Path) -> ast.Module:
 
 def test_every_file_has_a_room() -> None:
     assert {room for room in FILES.values() if room != "__init__"} <= ROOMS.keys()
-    assert ROOMS.keys() - set(FILES.values()) <= {"data", "hf", "recipe", "demo", "cli"}, "a room of the core is gone"
+    assert ROOMS.keys() - set(FILES.values()) <= {"data", "hf", "resume", "recipe", "demo", "cli"}, "a room of the core is gone"
 
 
 def test_imports_point_down() -> None:
@@ -179,7 +180,8 @@ SURFACE = {
         "targets: str | Sequence[str] = 'all-linear', dropout: float = 0.0, lr: float = 0.0002, steps: int | None = None, "
         "epochs: float = 1.0, batch_size: int = 8, grad_accum: int = 1, max_length: int = 512, weight_decay: float = 0.0, "
         "clip: float = 1.0, quantize: bool = True, learn_prompt: bool = False, eval_fraction: float = 0.05, seed: int = 0, "
-        "device: str | None = None) -> None"
+        "device: str | None = None, checkpointing: bool | None = None, save_every: int = 100, keep: int = 2, "
+        "resume: bool = False) -> None"
     ),
     "LoRALinear": (
         "(base: Linear | NF4Linear, r: int = 8, *, alpha: float | None = None, dropout: float = 0.0, name: str = '', "

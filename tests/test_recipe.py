@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,6 @@ from minilora.cli import app
 from minilora.data import IGNORE, Example, collate
 from minilora.hf import pick_device
 from minilora.recipe import FinetuneConfig, evaluate, finetune, token_losses, train
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Callable[[str], Any]) -> Path:
-    """A model folder as transformers writes it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("tiny")
-    byte_tokenizer(CHATML).save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=258,
-        tie_word_embeddings=True,
-        initializer_range=0.2,  # a frozen head as small as 0.02 cannot be made to say anything
-        bos_token_id=257,
-        eos_token_id=256,
-        pad_token_id=256,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
 
 
 @pytest.fixture
@@ -231,7 +200,8 @@ def test_the_flags_of_the_command_line_are_frozen() -> None:
         "demo": ["--out", "--seed", "--steps"],
         "finetune": sorted(
             "--model --data --out --r --alpha --targets --dropout --lr --steps --epochs --batch-size --grad-accum --max-length "
-            "--quantize --no-quantize --learn-prompt --no-learn-prompt --eval-fraction --seed --device".split()
+            "--quantize --no-quantize --learn-prompt --no-learn-prompt --eval-fraction --seed --device "
+            "--checkpointing --no-checkpointing --save-every --keep --resume --no-resume".split()
         ),
         "generate": sorted("--model --prompt --adapter --max-new-tokens --quantize --no-quantize --device".split()),
         "merge": sorted("--model --adapter --out --quantize --no-quantize".split()),
