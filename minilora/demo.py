@@ -152,7 +152,7 @@ def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
     print(planned)
     inject(model, config.r, seed=seed)
 
-    say(f"train: {steps} steps of 8 from {len(training)} commands, without gradient checkpointing; {len(unseen)} are held out")
+    say(f"train: {steps} steps of 8 from {len(training)} commands; {len(unseen)} commands of other tools are held out")
     start = time.perf_counter()
     history = train_with_bar(model, training, config, pad=pad)
     seconds = time.perf_counter() - start

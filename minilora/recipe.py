@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from minilora.checkpoint import save_adapter
 from minilora.data import IGNORE, Example, batch_order, collate, load_examples
 from minilora.files import write_text
 from minilora.hf import gradient_checkpointing, load_dense, own_memory, pad_id, pick_device
+from minilora.optim import PagedAdamW
 from minilora.plan import amount
 from minilora.resume import Keeper, clear
+from minilora.retry import retry_on_oom
 from minilora.surgery import adapter_parameters, audit, inject, quantize_steps
 
 PAD_TO = 16  # tokens: sequences are padded to a multiple
@@ -169,8 +172,8 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def make_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(adapter_parameters(model), lr=config.lr, weight_decay=config.weight_decay)
+def make_optimizer(model: nn.Module, config: FinetuneConfig) -> PagedAdamW:
+    return PagedAdamW(adapter_parameters(model), lr=config.lr, weight_decay=config.weight_decay)
 
 
 def train(
@@ -179,12 +182,13 @@ def train(
     config: FinetuneConfig,
     *,
     pad: int,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: PagedAdamW | None = None,
     done: int = 0,
 ) -> Iterator[Step]:
     """Trains an injected model and yields a `Step` after each optimizer step. Only the adapter's parameters change.
 
-    With `done` steps behind it, and the model, the optimizer and the random states as they were then, it goes on to the bit.
+    Where forward or backward run out of device memory they are run again with the optimizer's states on the host. With `done`
+    steps behind it, and the model, the optimizer and the random states as they were then, `train` goes on to the bit.
 
     Raises:
         ValueError: an adapter got no gradient in the first step.
@@ -200,7 +204,7 @@ def train(
             group["lr"] = config.lr * schedule(step, steps)
         picked = [(i, examples[i]) for i in batch_order(len(examples), in_a_step, config.seed, step)]
         picked.sort(key=lambda pair: len(pair[1].ids))  # micro-batches of like lengths: less padding, the same sum
-        loss = forward_backward(model, picked, config, step, pad=pad)
+        loss = retry_on_oom(partial(forward_backward, model, picked, config, step, pad=pad), optimizer)
         if step == done:
             check_gradients(model)
         norm = nn.utils.clip_grad_norm_(parameters, config.clip).item()
@@ -306,6 +310,8 @@ def train_with_bar(
             metrics.flush()
             if keeper:
                 keeper.after(line, model, optimizer)
+        if optimizer.paging.since is not None:
+            progress.write(f"the device ran out of memory: {optimizer.paging}")
     return history
 
 

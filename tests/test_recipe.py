@@ -71,6 +71,29 @@ def test_the_same_seed_gives_the_same_run_and_the_base_never_changes(folder: Pat
     assert all(torch.equal(trained[key], value) for key, value in fresh.state_dict().items())
 
 
+def test_a_step_that_runs_out_of_memory_is_run_again_and_changes_no_bit(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"steps": 4, "dropout": 0.1, "grad_accum": 2, "batch_size": 2, "eval_fraction": 0.0}
+    calm = finetune(configure(folder, data, tmp_path / "calm", **settings))
+    losses, calls = recipe.token_losses, []
+
+    def fail(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = losses(model, batch)
+        calls.append(len(calls))
+        if len(calls) in (2, 7):  # the second micro-batch of the first step, then the first of the third (the first ran twice)
+            torch.rand(7)
+            raise torch.OutOfMemoryError("out of memory, says the test")
+        return loss
+
+    monkeypatch.setattr(recipe, "token_losses", fail)
+    hit = finetune(configure(folder, data, tmp_path / "hit", **settings))
+    assert len(calls) == 8 + 1 + 2
+    assert [(s.loss, s.grad_norm) for s in hit.history] == [(s.loss, s.grad_norm) for s in calm.history]
+    pairs = zip(*(minilora.adapter_parameters(run.model) for run in (hit, calm)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_without_quantize_the_base_stays_dense(folder: Path, data: Path, tmp_path: Path) -> None:
     result = finetune(configure(folder, data, tmp_path / "run", steps=1, quantize=False, eval_fraction=0.0, targets=["q_proj"]))
     assert not any(isinstance(m, minilora.NF4Linear) for m in result.model.modules())
