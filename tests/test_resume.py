@@ -204,11 +204,11 @@ def test_the_comparison_sees_every_part(whole: Outcome, configure: Configure, mo
     interrupt(configure(), 2)
     out, kept = Path(configure().out), Path(configure().out + "-kept")
     shutil.copytree(out, kept)
-    load = torch.optim.AdamW.load_state_dict
+    load = minilora.PagedAdamW.load_state_dict
     for owner, name, instead in (
         (resume, "load_adapter", lambda *_, **__: None),
         (resume, "set_random_states", lambda *_: None),
-        (torch.optim.AdamW, "load_state_dict", lambda optimizer, state: load(optimizer, state | {"state": {}})),
+        (minilora.PagedAdamW, "load_state_dict", lambda optimizer, state: load(optimizer, state | {"state": {}})),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, instead)
