@@ -41,7 +41,7 @@ def launches(portable: bool) -> Iterator[tuple[str, Any, tuple[Any, ...], dict[s
     recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     runtime.start = lambda kernel, grid, args, settings: recorded.append((kernel, args, settings))
     runtime.INTERPRETED = True  # lets CPU tensors through the checks: nothing runs
-    skinny.PORTABLE = portable
+    runtime.PORTABLE = skinny.PORTABLE = portable
     nf4._WORDS = nf4._WARPS * (64 if portable else 32)
     weight = torch.zeros(O, I)
     packed, absmax = reference.quantize(weight, 64)

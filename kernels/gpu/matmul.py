@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import runtime
 from .choose import choose, takes
 from .nf4 import decode, dequantize, dequantize_into, load_scale
 from .runtime import FLOATS, check, check_weight, launch, tables_on, tl, triton
@@ -159,6 +160,8 @@ def _meta(weight: Weight, low: LowRank | None, block_size: int, choice: dict[str
     r = low.left.shape[1] if low else 0
     BR = min(64, max(16, triton.next_power_of_2(r))) if low else 0  # a tensor core takes 16 columns at least
     settings = {"num_warps": choice["warps"], "num_stages": choice["stages"], "enable_fp_fusion": True}
+    if not runtime.PORTABLE:
+        settings["maxnreg"] = 255  # left to itself NVIDIA's assembler aims at more programs at once, and spills for it
     return {"BLOCK": block_size, "DOUBLE": weight[2] is not None, "BR": BR} | sides | settings
 
 
