@@ -3,14 +3,26 @@ r"""The two differentiable products. Both keep the packed weight for the backwar
 Dimension letters: M rows of x (batch times length), I in_features, O out_features, r rank.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minilora import ops
 from minilora.weight import DTYPES, NF4Weight
+
+
+def _without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """Autocast, if it is on where `.backward()` is called, does not reach the products: they have the dtype of the forward's."""
+
+    def wrapped(ctx: Any, dy: Tensor) -> Any:
+        with torch.autocast(dy.device.type, enabled=False):
+            return backward(ctx, dy)
+
+    return wrapped
 
 
 class _NF4Linear(torch.autograd.Function):
@@ -23,6 +35,8 @@ class _NF4Linear(torch.autograd.Function):
         return ops.nf4_linear(x, *weight, bias, shape, block_size)  # type: ignore[no-any-return]
 
     @staticmethod
+    @once_differentiable  # the kernels have no gradient of their own: asking for one raises, and is not left out
+    @_without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         dx = dbias = None
         if ctx.needs_input_grad[0]:
@@ -44,14 +58,16 @@ class _NF4LoRALinear(torch.autograd.Function):
         return ops.nf4_lora_linear(x, *tensors, bias, z, B, *ctx.layout)  # type: ignore[no-any-return]
 
     @staticmethod
+    @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, A, B, z, *tensors = ctx.saved_tensors
         scale = ctx.layout[0]
         dx = dA = dB = dbias = None
-        u = dy @ B  # [M, r]
+        u = dy @ B if any(ctx.needs_input_grad[:2]) else None  # [M, r]
         if ctx.needs_input_grad[0]:
             dx = ops.nf4_lora_linear_backward(dy, *tensors, u, A, *ctx.layout)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and u is not None:
             dA = (u.T @ x).mul_(scale)
         if ctx.needs_input_grad[2]:
             dB = (dy.T @ z).mul_(scale)

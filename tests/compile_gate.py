@@ -41,7 +41,7 @@ def launches(portable: bool) -> Iterator[tuple[str, Any, tuple[Any, ...], dict[s
     recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     runtime.start = lambda kernel, grid, args, settings: recorded.append((kernel, args, settings))
     runtime.INTERPRETED = True  # lets CPU tensors through the checks: nothing runs
-    skinny.PORTABLE = portable
+    runtime.PORTABLE = skinny.PORTABLE = portable
     nf4._WORDS = nf4._WARPS * (64 if portable else 32)
     weight = torch.zeros(O, I)
     packed, absmax = reference.quantize(weight, 64)
@@ -58,15 +58,16 @@ def launches(portable: bool) -> Iterator[tuple[str, Any, tuple[Any, ...], dict[s
             yield f"dequantize to {dtype}", lambda dtype=dtype: nf4.dequantize(*double, (O, I), dtype, 64)
         yield "dequantize plain", lambda: nf4.dequantize(*plain, (O, I), torch.bfloat16, 64)
         yield "dequantize odd", lambda: nf4.dequantize(packed[:33], absmax[:2], None, None, (65,), torch.bfloat16, 64)
-        for dtype in (torch.float16, torch.bfloat16):
-            for direction in ("forward", "backward"):
-                for line in choose.lines(direction):
-                    for M in {"skinny": (1, 9), "tile": (line.get("rows", 1),), "dense": (4096,)}[line["path"]]:
-                        for term in (False, True):
-                            if dtype == torch.float16 and term:
-                                continue  # one more epilogue in another dtype tells nothing new
-                            name = f"{direction} {line['path']} M={M} {dtype}{' + LoRA' if term else ''}"
-                            yield name, lambda a=(direction, line, M, dtype, term): product(*a, double)
+        for direction in ("forward", "backward"):
+            for line in choose.lines(direction):
+                for M in {"skinny": (1, 9), "tile": (line.get("rows", 1),), "dense": (4096,)}[line["path"]]:
+                    for what in ("float16", "bfloat16", "+ LoRA", "+ LoRA r=8", "plain", "+ bias"):
+                        if what not in ("+ bias", "+ LoRA r=8") or direction == "forward":
+                            state = plain if what == "plain" else double
+                            yield (
+                                f"{direction} {line['path']} M={M} {what}",
+                                lambda a=(direction, line, M, what, state): product(*a),
+                            )
 
     seen = set()
     for name, call in calls():
@@ -79,12 +80,14 @@ def launches(portable: bool) -> Iterator[tuple[str, Any, tuple[Any, ...], dict[s
                 yield name.replace("torch.", ""), kernel, args, settings
 
 
-def product(direction: str, line: dict[str, Any], M: int, dtype: torch.dtype, term: bool, weight: Any) -> None:
+def product(direction: str, line: dict[str, Any], M: int, what: str, weight: Any) -> None:
     wide, tall = (I, O) if direction == "forward" else (O, I)
-    x, left, right = (torch.zeros(size, dtype=dtype) for size in ((M, wide), (M, R), (tall, R)))
-    low = matmul.LowRank(left, right if direction == "forward" else right.T.contiguous().T, 2.0) if term else None
+    dtype = torch.float16 if what == "float16" else torch.bfloat16
+    r = 8 if "r=8" in what else R
+    x, left, right = (torch.zeros(size, dtype=dtype) for size in ((M, wide), (M, r), (tall, r)))
+    low = matmul.LowRank(left, right if direction == "forward" else right.T.contiguous().T, 2.0) if "LoRA" in what else None
     if direction == "forward":
-        matmul.forward(x, weight, None, low, (O, I), 64, line)
+        matmul.forward(x, weight, x.new_zeros(O) if "bias" in what else None, low, (O, I), 64, line)
     else:
         matmul.backward(x, weight, low, (O, I), 64, line)
 
@@ -106,6 +109,8 @@ def compiled(kernel: Any, args: tuple[Any, ...], settings: dict[str, Any], targe
             kinds = {torch.uint8: "u8", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
             signature[name] = "*" + kinds[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]  # the allocator's
+            if target.startswith("gfx"):
+                attributes[(i,)].append(["tt.pointer_range", 32])  # what triton sees of a tensor under 2 GB
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, int) and value % 16 == 0:

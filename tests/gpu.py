@@ -29,7 +29,7 @@ _empty = torch.empty
 
 
 class Buffers:
-    """Tensors in the middle of guard bytes: a read outside brings NaN in, a write outside is found by `check`."""
+    """Tensors in the middle of guard bytes: a float read outside is NaN, a write outside is found by `check`."""
 
     def __init__(self) -> None:
         self._raw: list[tuple[Tensor, int]] = []

@@ -61,7 +61,9 @@ def test_every_kernel_in_every_configuration_compiles_well(target: str) -> None:
     assert [fault for row in found["rows"] for fault in faults(row, target)] == []
     if target == "sm_90":
         nested = [row["a weight"] for row in found["rows"] if row["case"] == "dequantize to bfloat16"]
-        skinny = [row["a weight"] for row in found["rows"] if row["case"].startswith("forward skinny M=1 ") and row["a weight"]]
+        skinny = [
+            row["a weight"] for row in found["rows"] if row["case"].startswith("forward skinny M=1 bfloat16") and row["a weight"]
+        ]
         assert nested and max(nested) <= 10
         assert skinny and max(skinny) <= 8
     if target.startswith("sm"):

@@ -295,3 +295,25 @@ def test_compile_takes_the_whole_product_and_keeps_no_dense_weight() -> None:
     found = run(torch.compile(lambda x: minilora.nf4_linear(x, w), fullgraph=True))
     assert all(map(torch.equal, found, expected)), "the same operators"
     assert w.nbytes <= sum(saved) < 2 * w.numel(), "the packed weight; dense it is 4 bytes a weight"
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_backward_under_an_autocast_that_the_forward_did_not_have(adapter: bool) -> None:
+    w, x = minilora.quantize_nf4(gaussian(33, 128)), gaussian(5, 128)
+    A, B = gaussian(4, 128), gaussian(33, 4)
+    gradients = []
+    for enabled in (False, True):
+        leaf = x.clone().requires_grad_()
+        y = minilora.lora_linear(leaf, w, A, B, 2.0) if adapter else minilora.nf4_linear(leaf, w)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y.backward(torch.ones_like(y))
+        gradients.append(leaf.grad)
+    assert gradients[0] is not None and torch.equal(gradients[0], gradients[1])
+
+
+def test_a_gradient_of_a_gradient_is_refused_and_not_left_out() -> None:
+    w, x = minilora.quantize_nf4(gaussian(33, 128)), gaussian(5, 128).requires_grad_()
+    for y in (minilora.nf4_linear(x, w), minilora.lora_linear(x, w, gaussian(4, 128).requires_grad_(), gaussian(33, 4), 2.0)):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            dx.sum().backward()

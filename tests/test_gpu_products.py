@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import DEVICE, Buffers, guarded
+from gpu import DEVICE, INTERPRETED, Buffers, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -171,7 +171,10 @@ def test_forward_and_backward_are_within_rounding_of_float64(
         # Roundings to dtype: of W or its levels, of the result; on the dense path also of the product before bias and term, and of
         # the scaled factor. Sums in float32: over the columns and the rank.
         roundings, terms = (5 if line is DENSE else 2), wide + r + 2
+        # A number so small that it is denormal errs by half of their spacing, weights by that times what they multiply.
         error = 1.01 / 2 * (roundings * torch.finfo(dtype).eps + terms * 2**-23) * magnitude
+        denormal = torch.finfo(dtype).eps * torch.finfo(dtype).smallest_normal
+        error = error + roundings * denormal / 2 * (1 + x.double().abs().sum(1, keepdim=True))
         assert found.dtype == dtype and found.shape == (M, tall)
         assert ((found.double() - expected).abs() <= error).all(), (line, ((found.double() - expected).abs() - error).max())
 
@@ -194,6 +197,50 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
         case "one row repeated":
             return t[:1].expand(t.shape)
     return t
+
+
+@halves
+@pytest.mark.parametrize("choice", [SKINNY, DENSE, TILES[0], TILES[-1]], ids=lambda c: f"{c['path']}{c.get('BM', '')}")
+def test_factors_of_the_low_rank_term_in_any_strides(dtype: torch.dtype, choice: dict[str, Any]) -> None:
+    (O, I), M, r = (200, 128), 5, 20
+    w, x = weight(O, I, 64, True), gaussian(M, I, dtype=dtype)
+    left, right = gaussian(M, r, dtype=dtype), gaussian(O, r, dtype=dtype)
+    expected = forward(x, w, None, (left, right, 0.5), (O, I), 64, choice)
+    for a, b in ((left.T.contiguous().T, right), (left, right.T.contiguous().T), (left, torch.cat([right, right], 1)[:, :r])):
+        assert torch.equal(forward(x, w, None, (a, b, 0.5), (O, I), 64, choice), expected)
+
+
+def test_rows_of_x_far_apart_are_reached() -> None:
+    apart = 2**28 + 2**20  # 9 rows: more than 2^31 elements from the first to the last
+    w, small = weight(64, 64, 64, True), gaussian(9, 64).bfloat16()
+    try:
+        far = torch.empty(8 * apart + 64, dtype=torch.bfloat16, device=DEVICE).as_strided((9, 64), (apart, 1))
+    except (RuntimeError, torch.OutOfMemoryError):
+        pytest.skip("no 4.6 GB of address space here")
+    far[:] = small.to(DEVICE)  # untouched pages cost nothing
+    held = tuple(None if t is None else t.to(DEVICE) for t in w)
+    for choice in (SKINNY, TILES[0]):
+        found = matmul.forward(far, held, None, None, (64, 64), 64, choice).cpu()
+        assert torch.equal(found, forward(small, w, None, None, (64, 64), 64, choice))
+
+
+@halves
+def test_what_is_not_aligned_gives_the_same_bits(dtype: torch.dtype) -> None:
+    (O, I), M = (65, 128), 5
+    w, x = weight(O, I, 64, True), gaussian(M, I, dtype=dtype)
+    with guarded() as buffers:
+        for choice in (SKINNY, TILES[0], DENSE):
+            expected = forward(x, w, None, None, (O, I), 64, choice)
+            shifted = buffers.hold(torch.cat([x.flatten()[:1], x.flatten()]))[1:].view(M, I)
+            codes = buffers.hold(torch.cat([w[1][:1], w[1]]))[1:]
+            rest = tuple(map(buffers.hold, w[2:]))
+            found = matmul.forward(shifted, (buffers.hold(w[0]), codes, *rest), None, None, (O, I), 64, choice)
+            assert torch.equal(found.cpu(), expected)
+        packed = buffers.hold(torch.cat([w[0][:1], w[0]]))[1:]  # its words cannot be loaded as such: decoded whole
+        found = matmul.forward(shifted, (packed, codes, *rest), None, None, (O, I), 64)
+        assert torch.equal(found.cpu(), forward(x, w, None, None, (O, I), 64, DENSE))
+        with pytest.raises(ValueError, match=r"'skinny'.* does not take 5 rows"):
+            matmul.forward(shifted, (packed, codes, *rest), None, None, (O, I), 64, SKINNY)
 
 
 @halves
@@ -279,6 +326,7 @@ def test_fused_paths_never_hold_a_dense_weight(line: dict[str, Any], monkeypatch
     assert 0 < sizes.largest < O * I // 4
 
 
+@pytest.mark.skipif(INTERPRETED, reason="numpy always gives the same bits; a card has to show it")
 def test_the_same_bits_every_time() -> None:
     w, x = weight(128, 1024, 64, True), gaussian(4, 1024).bfloat16()
     first = forward(x, w, None, None, (128, 1024), 64, SKINNY)
@@ -332,7 +380,9 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         call(low=matmul.LowRank(left, right[1:], 1.0))
     with pytest.raises(TypeError, match=r"the low-rank term's left factor is torch\.float32"):
         call(low=matmul.LowRank(left.float(), right, 1.0))
-    with pytest.raises(ValueError, match=r"'skinny'.* does not take 17 rows and a weight \(96, 128\) in blocks of 64"):
+    with pytest.raises(
+        ValueError, match=r"'skinny'.* does not take 17 rows of torch\.bfloat16 and a weight \(96, 128\) in blocks of 64"
+    ):
         matmul.forward(x[:1].expand(17, 128), w, None, None, (96, 128), 64, SKINNY)
     with pytest.raises(ValueError, match=r"dy \(3, 128\) does not fit"):
         matmul.backward(x, w, None, (96, 128), 64)

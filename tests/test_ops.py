@@ -147,6 +147,26 @@ def dispatch() -> None:
     assert rooms() == {"cpu", "gpu"}
 
 
+def odd_defaults() -> None:
+    import torch
+
+    x = torch.linspace(-1, 1, 4096)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        import minilora
+        from minilora.kernels.gpu import nf4
+        from minilora.kernels.reference import nf4 as reference
+
+        w = minilora.quantize_nf4(x)
+    torch.set_default_dtype(torch.float32)
+    assert nf4._TINY_BITS.value == torch.tensor(reference.TINY).view(torch.int32).item()
+    published = torch.tensor(reference.NF4)
+    assert torch.equal(reference.CODE, published) and torch.equal(reference.MAP8, reference.derive_map8())
+    again = minilora.quantize_nf4(x)
+    assert all(torch.equal(a, b) for a, b in zip(w.tensors, again.tensors, strict=True))
+    assert (w.dequantize() - x).abs().max() < 0.16  # half of the widest step between levels
+
+
 def without_triton() -> None:
     import sys
 
@@ -167,6 +187,10 @@ def without_triton() -> None:
 
 def test_a_kernel_is_imported_at_its_first_call_and_from_the_devices_room() -> None:
     in_a_process_of_its_own(dispatch)
+
+
+def test_tables_do_not_depend_on_the_default_dtype_and_device_at_import() -> None:
+    in_a_process_of_its_own(odd_defaults)
 
 
 def test_a_gpu_tensor_without_triton_gets_one_clear_error_and_nothing_else() -> None:

@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import runtime
 from .choose import choose, takes
 from .nf4 import decode, dequantize, dequantize_into, load_scale
-from .runtime import FLOATS, check, check_weight, launch, table, tl, triton
+from .runtime import FLOATS, check, check_weight, launch, tables_on, tl, triton
 from .skinny import skinny
 
 Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # packed, absmax, absmax2, offset
@@ -126,26 +127,26 @@ def _backward(
 
 
 def _tile_forward(
-    x: Tensor, weight: Weight, bias: Tensor | None, low: LowRank | None, O: int, block_size: int, line: dict[str, Any]
+    x: Tensor, weight: Weight, bias: Tensor | None, low: LowRank | None, O: int, block_size: int, choice: dict[str, Any]
 ) -> Tensor:
     M, I = x.shape
     y = torch.empty(M, O, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(M, line["BM"]) * triton.cdiv(O, line["BO"]),)
-    tables = table("CODE", x.device), table("MAP8", x.device)
+    grid = (triton.cdiv(M, choice["BM"]) * triton.cdiv(O, choice["BO"]),)
+    tables = tables_on(x.device)
     left, right, scale, *sizes = _term(low)
-    arguments = x, *weight, *tables, bias, left, right, scale, y, M, O, I, *sizes, x.stride(0)
-    launch(_forward, grid, *arguments, BIAS=bias is not None, **_meta(weight, low, block_size, line))
+    arguments = x, *weight, tables.code, tables.map8, bias, left, right, scale, y, M, O, I, *sizes, x.stride(0)
+    launch(_forward, grid, *arguments, BIAS=bias is not None, **_meta(weight, low, block_size, choice))
     return y
 
 
-def _tile_backward(dy: Tensor, weight: Weight, low: LowRank | None, I: int, block_size: int, line: dict[str, Any]) -> Tensor:
+def _tile_backward(dy: Tensor, weight: Weight, low: LowRank | None, I: int, block_size: int, choice: dict[str, Any]) -> Tensor:
     M, O = dy.shape
     dx = torch.empty(M, I, dtype=dy.dtype, device=dy.device)
-    grid = (triton.cdiv(M, line["BM"]) * triton.cdiv(I, line["BI"]),)
-    tables = table("CODE", dy.device), table("MAP8", dy.device)
+    grid = (triton.cdiv(M, choice["BM"]) * triton.cdiv(I, choice["BI"]),)
+    tables = tables_on(dy.device)
     left, right, scale, *sizes = _term(low)
-    arguments = dy, *weight, *tables, left, right, scale, dx, M, O, I, *sizes, dy.stride(0)
-    launch(_backward, grid, *arguments, **_meta(weight, low, block_size, line))
+    arguments = dy, *weight, tables.code, tables.map8, left, right, scale, dx, M, O, I, *sizes, dy.stride(0)
+    launch(_backward, grid, *arguments, **_meta(weight, low, block_size, choice))
     return dx
 
 
@@ -154,11 +155,13 @@ def _term(low: LowRank | None) -> tuple[Any, ...]:
     return (*low, low.left.shape[1], *low.right.stride()) if low else (None, None, 0.0, 0, 0, 0)
 
 
-def _meta(weight: Weight, low: LowRank | None, block_size: int, line: dict[str, Any]) -> dict[str, Any]:
-    sides = {side: line[side] for side in ("BM", "BO", "BI")}
+def _meta(weight: Weight, low: LowRank | None, block_size: int, choice: dict[str, Any]) -> dict[str, Any]:
+    sides = {side: choice[side] for side in ("BM", "BO", "BI")}
     r = low.left.shape[1] if low else 0
     BR = min(64, max(16, triton.next_power_of_2(r))) if low else 0  # a tensor core takes 16 columns at least
-    settings = {"num_warps": line["warps"], "num_stages": line["stages"], "enable_fp_fusion": True}
+    settings = {"num_warps": choice["warps"], "num_stages": choice["stages"], "enable_fp_fusion": True}
+    if not runtime.PORTABLE:
+        settings["maxnreg"] = 255  # left to itself NVIDIA's assembler aims at more programs at once, and spills for it
     return {"BLOCK": block_size, "DOUBLE": weight[2] is not None, "BR": BR} | sides | settings
 
 
@@ -209,6 +212,16 @@ def _dense_backward(dy: Tensor, weight: Weight, low: LowRank | None, I: int, blo
 # ---- the functions of reference/matmul.py
 
 
+def _checked(low: LowRank, x: Tensor, columns: int) -> LowRank:
+    """The term with its left factor as [M, r] and contiguous."""
+    left = low.left.reshape(-1, low.left.shape[-1]).contiguous()
+    for factor, t, size in (("left", left, x.shape[0]), ("right", low.right, columns)):
+        check(f"the low-rank term's {factor} factor", t, (x.dtype,), x.device)
+        if t.shape != (size, left.shape[1]):
+            raise ValueError(f"the low-rank term's {factor} factor is {tuple(t.shape)}, not {(size, left.shape[1])}")
+    return low._replace(left=left)
+
+
 def _prepare(
     direction: str,
     x: Tensor,
@@ -216,7 +229,7 @@ def _prepare(
     low: LowRank | None,
     shape: Sequence[int],
     block_size: int,
-    line: dict[str, Any] | None,
+    choice: dict[str, Any] | None,
 ) -> tuple[Tensor, LowRank | None, dict[str, Any]]:
     """Checks everything; returns x as [M, width] with each row's elements side by side, low-rank term, and the path to take."""
     name, width = ("x", shape[-1]) if direction == "forward" else ("dy", shape[0])
@@ -226,21 +239,18 @@ def _prepare(
         raise ValueError(f"{name} {tuple(x.shape)} does not fit a weight {tuple(shape)}: its last size must be {width}")
     rows = x.reshape(-1, width)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    if low is not None:
-        left, right, scale = low
-        low = LowRank(left.reshape(-1, left.shape[-1]).contiguous(), right, scale)
-        columns = shape[0] if direction == "forward" else shape[1]
-        for factor, t, size in (("left", low.left, rows.shape[0]), ("right", right, columns)):
-            check(f"the low-rank term's {factor} factor", t, (x.dtype,), x.device)
-            if t.shape != (size, low.left.shape[1]):
-                raise ValueError(f"the low-rank term's {factor} factor is {tuple(t.shape)}, not {(size, low.left.shape[1])}")
     O, I = shape
+    if low is not None:
+        low = _checked(low, rows, O if direction == "forward" else I)
     half = x.dtype in (torch.float16, torch.bfloat16)  # on tensor cores float32 would lose bits
-    if not (half and rows.numel() and weight[0].data_ptr() % 4 == 0):
-        return rows, low, {"path": "dense"}
-    if line is not None and not takes(line, rows.shape[0], I, block_size):
-        raise ValueError(f"{line} does not take {rows.shape[0]} rows and a weight {tuple(shape)} in blocks of {block_size}")
-    return rows, low, line or choose(direction, rows.shape[0], O, I, block_size)
+    fusable = half and rows.numel() > 0 and weight[0].data_ptr() % 4 == 0
+    if choice is None:
+        return rows, low, choose(direction, rows.shape[0], O, I, block_size) if fusable else {"path": "dense"}
+    if not (takes(choice, rows.shape[0], I, block_size) and (fusable or choice["path"] == "dense")):
+        raise ValueError(
+            f"{choice} does not take {rows.shape[0]} rows of {x.dtype} and a weight {tuple(shape)} in blocks of {block_size}"
+        )
+    return rows, low, choice
 
 
 def forward(
@@ -250,20 +260,20 @@ def forward(
     low: LowRank | None,
     shape: Sequence[int],
     block_size: int,
-    line: dict[str, Any] | None = None,
+    choice: dict[str, Any] | None = None,
 ) -> Tensor:
-    """Returns x W^T + bias + s left right^T, [.., O], by the table's choice or by the `line` given."""
-    rows, low, line = _prepare("forward", x, weight, low, shape, block_size, line)
+    """Returns x W^T + bias + s left right^T, [.., O], by the table's choice or by the `choice` given."""
+    rows, low, choice = _prepare("forward", x, weight, low, shape, block_size, choice)
     O = shape[0]
     if bias is not None:
         check("bias", bias, (x.dtype,), x.device)
         if bias.shape != (O,):
             raise ValueError(f"bias is {tuple(bias.shape)}: a weight {tuple(shape)} takes one of {(O,)}")
         bias = bias.contiguous()
-    if line["path"] == "skinny":
+    if choice["path"] == "skinny":
         y = skinny(rows, weight, bias, low, O, block_size)
-    elif line["path"] == "tile":
-        y = _tile_forward(rows, weight, bias, low, O, block_size, line)
+    elif choice["path"] == "tile":
+        y = _tile_forward(rows, weight, bias, low, O, block_size, choice)
     else:
         y = _dense_forward(rows, weight, bias, low, O, block_size)
     return y.view(*x.shape[:-1], O)
@@ -275,13 +285,13 @@ def backward(
     low: LowRank | None,
     shape: Sequence[int],
     block_size: int,
-    line: dict[str, Any] | None = None,
+    choice: dict[str, Any] | None = None,
 ) -> Tensor:
-    """Returns dy W + s left right^T, [.., I], by the table's choice or by the `line` given."""
-    rows, low, line = _prepare("backward", dy, weight, low, shape, block_size, line)
+    """Returns dy W + s left right^T, [.., I], by the table's choice or by the `choice` given."""
+    rows, low, choice = _prepare("backward", dy, weight, low, shape, block_size, choice)
     I = shape[1]
-    if line["path"] == "tile":
-        dx = _tile_backward(rows, weight, low, I, block_size, line)
+    if choice["path"] == "tile":
+        dx = _tile_backward(rows, weight, low, I, block_size, choice)
     else:
         dx = _dense_backward(rows, weight, low, I, block_size)
     return dx.view(*dy.shape[:-1], I)

@@ -7,15 +7,16 @@ decoded from its double quantization in the same launch.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..reference import nf4 as reference
-from .runtime import FLOATS, PORTABLE, check, check_block_size, check_weight, launch, table, tl, triton
+from .runtime import FLOATS, PORTABLE, check, check_block_size, check_weight, launch, tables_on, tl, triton
 
 GROUP = tl.constexpr(reference.GROUP)
 _THRESHOLDS = tl.constexpr(tuple(reference.midpoints(reference.CODE).tolist()))
-_TINY_BITS = tl.constexpr(torch.tensor(reference.TINY).view(torch.int32).item())  # a literal so small would become float64
+_TINY_BITS = tl.constexpr(int(np.float32(reference.TINY).view(np.int32)))  # a literal so small would become float64
 _TILE = 4096  # weights that one program quantizes
 _WARPS = 4
 _WORDS = _WARPS * (64 if PORTABLE else 32)  # words that one program decodes at a time, one a thread (AMD's warps are 64 wide) ...
@@ -83,10 +84,10 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check("absmax", absmax, (torch.float32,), absmax.device)
     absmax = absmax.contiguous()
     offset = absmax.double().mean().float()
-    codes = torch.empty_like(absmax, dtype=torch.uint8)
+    codes = torch.empty(absmax.shape, dtype=torch.uint8, device=absmax.device)
     groups = -(-absmax.numel() // reference.GROUP)
     absmax2 = torch.empty(groups, dtype=torch.float32, device=absmax.device)
-    arguments = absmax, offset, table("MAP8", absmax.device), codes, absmax2, absmax.numel()
+    arguments = absmax, offset, tables_on(absmax.device).map8, codes, absmax2, absmax.numel()
     launch(_double_quantize, (groups,), *arguments, GROUP=reference.GROUP, num_warps=4)
     return codes, absmax2, offset
 
@@ -122,7 +123,7 @@ def _dequantize(
     BLOCK: tl.constexpr, DOUBLE: tl.constexpr, WHOLE: tl.constexpr, GAP: tl.constexpr, WORDS: tl.constexpr, TIMES: tl.constexpr,
 ):  # fmt: skip
     """A program decodes WORDS * TIMES words. WHOLE: n is a multiple of 8 and `packed` aligned, so words are loaded as such.
-    GAP: `gap` elements are left free in `out` after every `row` words."""
+    GAP: room for `gap` words is left in `out` after every `row` words."""
     first = tl.program_id(0).to(tl.int64) * (WORDS * TIMES)
     for t in tl.static_range(TIMES):
         o = first + t * WORDS + tl.arange(0, WORDS)
@@ -139,7 +140,7 @@ def _dequantize(
         i = 8 * o[:, None] + tl.arange(0, 8)[None, :]
         mask = inside[:, None] if WHOLE else i < n
         if GAP:
-            i += (o.to(tl.int32) // row).to(tl.int64)[:, None] * gap
+            i += 8 * gap * (o.to(tl.int32) // row).to(tl.int64)[:, None]
         tl.store(out + i, w, mask=mask)
 
 
@@ -153,12 +154,15 @@ def dequantize_into(
 ) -> None:
     """Writes the weight to `out`, float32, float16 or bfloat16: contiguous of any shape, or a matrix with gaps between its rows."""
     if n := out.numel():
-        row, gap = (n, 0) if out.is_contiguous() else (out.shape[1] // 8, out.stride(0) - out.shape[1])
-        assert gap == 0 or (out.shape[1] % 8 == 0 and n < 2**34), "rows are whole words, counted in 32 bits"
-        arguments = packed, absmax, absmax2, offset, table("CODE", packed.device), table("MAP8", packed.device), out, n, row, gap
+        gaps = not out.is_contiguous()
+        row, gap = (out.shape[1] // 8, (out.stride(0) - out.shape[1]) // 8) if gaps else (0, 0)
+        if gaps and (out.shape[1] % 8 or out.stride(0) % 8 or n > 2**34):
+            raise ValueError(f"rows of {out.shape[1]} and {out.stride(0)} apart: with gaps, whole words of 8, at most 2^31 of them")
+        tables = tables_on(packed.device)
+        arguments = packed, absmax, absmax2, offset, tables.code, tables.map8, out, n, row, gap
         meta = {"BLOCK": block_size, "DOUBLE": absmax2 is not None, "WHOLE": n % 8 == 0 and packed.data_ptr() % 4 == 0}
         grid = (triton.cdiv(n, 8 * _WORDS * _TIMES),)
-        launch(_dequantize, grid, *arguments, **meta, GAP=gap != 0, WORDS=_WORDS, TIMES=_TIMES, num_warps=_WARPS)
+        launch(_dequantize, grid, *arguments, **meta, GAP=gaps, WORDS=_WORDS, TIMES=_TIMES, num_warps=_WARPS)
 
 
 def dequantize(
@@ -191,6 +195,6 @@ def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     check("absmax2", absmax2, (torch.float32,), codes.device)
     check("offset", offset, (torch.float32,), codes.device)
     out = torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
-    arguments = codes.contiguous(), absmax2.contiguous(), offset, table("MAP8", codes.device), out, out.numel()
+    arguments = codes.contiguous(), absmax2.contiguous(), offset, tables_on(codes.device).map8, out, out.numel()
     launch(_double_dequantize, (triton.cdiv(out.numel(), 1024),), *arguments, BLOCKS=1024, num_warps=4)
     return out

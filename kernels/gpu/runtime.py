@@ -6,7 +6,7 @@ pointer late, in another place, or not at all.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
 
 from ..reference import nf4 as reference
 
-__all__ = ["FLOATS", "INTERPRETED", "PORTABLE", "check", "check_weight", "launch", "table", "tl", "triton"]
+__all__ = ["FLOATS", "INTERPRETED", "PORTABLE", "check", "check_weight", "launch", "tables_on", "tl", "triton"]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run in numpy, on CPU tensors
 PORTABLE = torch.version.hip is not None  # AMD: no PTX
@@ -66,11 +66,19 @@ def check_weight(
             )
 
 
+class Tables(NamedTuple):
+    """The 16 levels in float32, the 256 of the 8-bit map, and the 16 levels rounded to 16 bits."""
+
+    code: Tensor
+    map8: Tensor
+    rounded: dict[torch.dtype, Tensor]
+
+
 @functools.cache
-def table(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The reference's `name` (CODE, MAP8) on a device, copied there once: before a CUDA graph is captured, at its warm-up."""
-    values: Tensor = getattr(reference, name)
-    return values.to(device=device, dtype=dtype)
+def tables_on(device: torch.device) -> Tables:
+    """The reference's tables on a device, all copied there at the first call of any kernel: not while a CUDA graph is captured."""
+    code, map8 = reference.CODE.to(device), reference.MAP8.to(device)
+    return Tables(code, map8, {dtype: code.to(dtype) for dtype in (torch.float16, torch.bfloat16)})
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:

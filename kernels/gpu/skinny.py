@@ -9,8 +9,8 @@ through `permute.py` into the operand's registers and never through shared memor
 
       k = b + 2p + 4q + 8v + 16t   (as it lies in memory)       k' = b + 2t + 8p + 16q + 32v   (as the product reads it)
 
-* Rows. A warp loads rows l and 32 + l of its eighth and owns 16 neighbouring rows of the product: row 32h + 8w + l of W is row
-  16w + 8h + l of the product.
+* Rows. Lane l of warp w has loaded from rows 8w + l and 32 + 8w + l of W, and the warp owns 16 neighbouring rows of the product:
+  row 32h + 8w + l of W (`loaded`) is row 16w + 8h + l of the product (`rows`), l = 0 ... 7, h = 0, 1.
 
 Numerics: a level is rounded to x's dtype and a block's absmax multiplies the block's sum in float32,
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .nf4 import load_scale
 from .permute import levels
-from .runtime import PORTABLE, launch, table, tl, triton
+from .runtime import PORTABLE, launch, tables_on, tl, triton
 
 ROWS = tl.constexpr(64)  # rows of W in a program: four warps of 16
 PROGRAMS = 512  # about four for each processor of a large GPU
@@ -58,7 +58,7 @@ def _partial(
     m = tl.arange(0, MB)
     first_word = tl.minimum(loaded, O - 1).to(tl.int64) * row_words  # below the last row: that row again, and not stored
     words = packed.to(tl.pointer_type(tl.int32)) + first_word[:, None] + tl.arange(0, 8)[None, :]
-    xs = x + m[None, :] * stride + columns[:, None]
+    xs = x + m.to(tl.int64)[None, :] * stride + columns[:, None]
     first_block = tl.minimum(rows, O - 1).to(tl.int64) * row_blocks
     acc = tl.zeros((ROWS, MB), tl.float32)
     for start in range(s * span, tl.minimum((s + 1) * span, row_words * 8), 64 * BLOCKS):
@@ -73,7 +73,8 @@ def _partial(
 
 @triton.jit
 def _sum(
-    partial, bias, left, right, scale, y, M, O, r, spans, BO: tl.constexpr, BR: tl.constexpr, BIAS: tl.constexpr
+    partial, bias, left, right, scale, y, M, O, r, right_row, right_column, spans,
+    BO: tl.constexpr, BR: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """y[m, o] = the partial sums in order, + bias, + scale * left right^T."""
     o, m = tl.program_id(0) * BO + tl.arange(0, BO), tl.program_id(1)
@@ -86,11 +87,12 @@ def _sum(
         term = tl.zeros((BO,), tl.float32)
         for j in range(0, r, BR):
             at = j + tl.arange(0, BR)
-            b = tl.load(right + o.to(tl.int64)[:, None] * r + at[None, :], mask=(o < O)[:, None] & (at < r)[None, :], other=0.0)
+            where = right + o.to(tl.int64)[:, None] * right_row + at[None, :] * right_column
+            b = tl.load(where, mask=(o < O)[:, None] & (at < r)[None, :], other=0.0)
             a = tl.load(left + m * r + at, mask=at < r, other=0.0)
             term += tl.sum(b.to(tl.float32) * a.to(tl.float32)[None, :], axis=1)
         acc += term * scale
-    tl.store(y + m * O + o, acc.to(y.dtype.element_ty), mask=o < O)
+    tl.store(y + m.to(tl.int64) * O + o, acc.to(y.dtype.element_ty), mask=o < O)
 
 
 def skinny(
@@ -109,12 +111,24 @@ def skinny(
     spans = triton.cdiv(I, span)
     partial = torch.empty(spans, M, O, dtype=torch.float32, device=x.device)
     y = torch.empty(M, O, dtype=x.dtype, device=x.device)
-    tables = table("CODE", x.device, x.dtype), table("MAP8", x.device)
+    tables = tables_on(x.device)
     sizes = M, O, I // 8, I // block_size, span, x.stride(0)
     meta = {"BLOCK": block_size, "DOUBLE": weight[2] is not None, "MB": 8 if M <= 8 else 16, "BLOCKS": blocks, "PTX": not PORTABLE}
-    launch(_partial, (tiles, spans), x, *weight, *tables, partial, *sizes, **meta, num_warps=4, enable_fp_fusion=True)
+    launch(
+        _partial,
+        (tiles, spans),
+        x,
+        *weight,
+        tables.rounded[x.dtype],
+        tables.map8,
+        partial,
+        *sizes,
+        **meta,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
     left, right, scale = low_rank or (None, None, 0.0)
-    r = 0 if left is None else left.shape[1]
+    r, *strides = (0, 0, 0) if left is None or right is None else (left.shape[1], *right.stride())
     meta = {"BO": 128, "BR": min(64, triton.next_power_of_2(r)) if r else 0, "BIAS": bias is not None}
-    launch(_sum, (triton.cdiv(O, 128), M), partial, bias, left, right, scale, y, M, O, r, spans, **meta, num_warps=4)
+    launch(_sum, (triton.cdiv(O, 128), M), partial, bias, left, right, scale, y, M, O, r, *strides, spans, **meta, num_warps=4)
     return y

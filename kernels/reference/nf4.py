@@ -77,16 +77,17 @@ def derive_map8() -> Tensor:
     fraction bits and large ones many. Decade 10^(i-6) holds 2^i values, the midpoints of an even division of [0.1, 1],
     for i = 0 ... 6, with both signs; 0 and 1 complete the 256.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for i in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**i + 1)
+        edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32)
         decade = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
         values += [decade, -decade]
     return torch.cat(values).sort().values
 
 
-CODE = torch.tensor(NF4)  # float32 [16]
-MAP8 = derive_map8()  # float32 [256]
+with torch.device("cpu"):  # whatever the caller's default device is while this is imported
+    CODE = torch.tensor(NF4, dtype=torch.float32)  # [16]
+    MAP8 = derive_map8()  # float32 [256]
 
 
 def midpoints(code: Tensor) -> Tensor:
