@@ -1,6 +1,7 @@
 """What every test runs under: no network, Triton interpreted, one thread a worker, hypothesis without deadlines; small models."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton; with a GPU: TRITON_INTERPRET=0, `make test-gpu`
@@ -18,6 +19,9 @@ from torch.utils._pytree import tree_leaves
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job is born deaf to Ctrl-C, and a run respects that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)  # workers that spin against each other are ten times slower
