@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minilora
 
-.PHONY: demo test test-gpu test-triton-matrix lint soak bench bench-gpu clean help
+.PHONY: demo test notebooks test-gpu test-triton-matrix lint soak bench bench-gpu clean help
 
 help:
 	@echo "make demo   fine-tune a small language model on this machine, about five minutes; writes runs/demo/"
 	@echo "make test   lint, types and every test"
+	@echo "make notebooks           run the notebooks and compare what they print with what is stored in them"
 	@echo "make test-gpu            the tests of Triton kernels on the GPU of this machine, not in the interpreter"
 	@echo "make test-triton-matrix  the same in the interpreter, and the compile gate, on triton 3.6.0 and the newest; outside CI"
 	@echo "make bench-gpu           speed of the Triton kernels against bitsandbytes and cuBLAS; says so where there is no GPU"
@@ -21,6 +22,10 @@ demo: .venv/demo
 test: .venv/dev .venv/demo lint
 	@echo "== tests"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+
+notebooks: .venv/dev .venv/demo
+	@echo "== notebooks"
+	OMP_NUM_THREADS=2 $(BIN)/pytest -q -m notebook tests/test_notebooks.py
 
 test-gpu: .venv/dev
 	TRITON_INTERPRET=0 $(BIN)/pytest -q tests/test_gpu_nf4.py tests/test_gpu_products.py tests/test_gpu_card.py tests/test_paging_gpu.py
