@@ -15,6 +15,15 @@ def partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def sync(path: Path) -> None:
+    """Returns when a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def atomic(*paths: Path) -> Iterator[list[Path]]:
     """Yields a temporary path for each of `paths`, in its folder; on leaving without an error all are moved into place.
@@ -25,15 +34,10 @@ def atomic(*paths: Path) -> Iterator[list[Path]]:
     try:
         yield temporary
         for path in temporary:
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
+            sync(path)
         for path, target in zip(temporary, paths, strict=True):
             path.replace(target)
-        folder = os.open(paths[0].parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the renames themselves
-        finally:
-            os.close(folder)
+        sync(paths[0].parent)  # the renames themselves
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)

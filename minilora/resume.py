@@ -36,7 +36,7 @@ from torch import nn
 
 from minilora.checkpoint import load_adapter, save_adapter
 from minilora.data import Example
-from minilora.files import partial, read_tensors, write_tensors
+from minilora.files import partial, read_tensors, sync, write_tensors
 from minilora.surgery import adapter_parameters
 
 FOLDER, OPTIMIZER, RUN, METRICS, MANIFEST = "checkpoints", "optimizer.safetensors", "run.json", "metrics.jsonl", "manifest.json"
@@ -90,21 +90,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in (*temporary.iterdir(), temporary):
-            _sync(file)
+            sync(file)
         if path.exists():  # of this step, but damaged: or the run would have gone on from it
             shutil.rmtree(path)
         temporary.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save(out: Path, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path:

@@ -28,6 +28,10 @@ GUARD = 4096  # bytes of 0xFF before and after a buffer: NaN in every float form
 _empty = torch.empty
 
 
+def gaussian(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
 class Buffers:
     """Tensors in the middle of guard bytes: a float read outside is NaN, a write outside is found by `check`."""
 

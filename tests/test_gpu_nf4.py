@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import DEVICE, guarded
+from gpu import DEVICE, gaussian, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,10 +16,6 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((1,), (7,), (63,), (64,), (65,), (1000,), (4097,), (192, 576), (7, 33), (3, 5, 64))
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def same(found: Any, expected: Any) -> bool:

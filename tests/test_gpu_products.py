@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import DEVICE, INTERPRETED, Buffers, guarded
+from gpu import DEVICE, INTERPRETED, Buffers, gaussian, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,10 +19,6 @@ SKINNY = {"path": "skinny"}
 DENSE = {"path": "dense"}
 TILES = [line for direction in ("forward", "backward") for line in choose.lines(direction) if line["path"] == "tile"]
 halves = pytest.mark.parametrize("dtype", HALVES, ids=str)
-
-
-def gaussian(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def weight(O: int, I: int, block_size: int, double: bool, seed: int = 0) -> tuple[Any, ...]:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .matmul import LowRank, backward, forward
+from .matmul import backward, forward
+from .runtime import LowRank
 
 
 def nf4_lora_linear(
@@ -28,7 +29,7 @@ def nf4_lora_linear(
     block_size: int,
 ) -> Tensor:
     """Returns x W^T + bias + scale z B^T, [.., O], in x's dtype."""
-    return forward(x, (packed, absmax, absmax2, offset), bias, LowRank(z, B.contiguous(), scale), shape, block_size)
+    return forward(x, (packed, absmax, absmax2, offset), bias, LowRank(z, B, scale), shape, block_size)
 
 
 def nf4_lora_linear_backward(

@@ -16,7 +16,7 @@ Dimension letters: M rows of x, I in_features, O out_features, r rank; BM, BO, B
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,19 +25,8 @@ from torch import Tensor
 from . import runtime
 from .choose import choose, takes
 from .nf4 import decode, dequantize, dequantize_into, load_scale
-from .runtime import FLOATS, check, check_weight, launch, tables_on, tl, triton
+from .runtime import FLOATS, LowRank, Weight, check, check_weight, launch, tables_on, term_arguments, tl, triton
 from .skinny import skinny
-
-Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # packed, absmax, absmax2, offset
-
-
-class LowRank(NamedTuple):
-    """The term scale * left right^T: left [M, r] contiguous, right [N, r] in any strides, both in the dtype of x."""
-
-    left: Tensor
-    right: Tensor
-    scale: float
-
 
 # ---- the tile path
 
@@ -133,7 +122,7 @@ def _tile_forward(
     y = torch.empty(M, O, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(M, choice["BM"]) * triton.cdiv(O, choice["BO"]),)
     tables = tables_on(x.device)
-    left, right, scale, *sizes = _term(low)
+    left, right, scale, *sizes = term_arguments(low)
     arguments = x, *weight, tables.code, tables.map8, bias, left, right, scale, y, M, O, I, *sizes, x.stride(0)
     launch(_forward, grid, *arguments, BIAS=bias is not None, **_meta(weight, low, block_size, choice))
     return y
@@ -144,15 +133,10 @@ def _tile_backward(dy: Tensor, weight: Weight, low: LowRank | None, I: int, bloc
     dx = torch.empty(M, I, dtype=dy.dtype, device=dy.device)
     grid = (triton.cdiv(M, choice["BM"]) * triton.cdiv(I, choice["BI"]),)
     tables = tables_on(dy.device)
-    left, right, scale, *sizes = _term(low)
+    left, right, scale, *sizes = term_arguments(low)
     arguments = dy, *weight, tables.code, tables.map8, left, right, scale, dx, M, O, I, *sizes, dy.stride(0)
     launch(_backward, grid, *arguments, **_meta(weight, low, block_size, choice))
     return dx
-
-
-def _term(low: LowRank | None) -> tuple[Any, ...]:
-    """left, right, scale, r and the strides of right, as the kernels take them."""
-    return (*low, low.left.shape[1], *low.right.stride()) if low else (None, None, 0.0, 0, 0, 0)
 
 
 def _meta(weight: Weight, low: LowRank | None, block_size: int, choice: dict[str, Any]) -> dict[str, Any]:

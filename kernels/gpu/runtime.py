@@ -19,12 +19,40 @@ except ModuleNotFoundError as error:
 
 from ..reference import nf4 as reference
 
-__all__ = ["FLOATS", "INTERPRETED", "PORTABLE", "check", "check_weight", "launch", "tables_on", "tl", "triton"]
+__all__ = [
+    "FLOATS",
+    "INTERPRETED",
+    "PORTABLE",
+    "LowRank",
+    "Weight",
+    "check",
+    "check_block_size",
+    "check_weight",
+    "launch",
+    "tables_on",
+    "term_arguments",
+    "tl",
+    "triton",
+]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run in numpy, on CPU tensors
 PORTABLE = torch.version.hip is not None  # AMD: no PTX
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # packed, absmax, absmax2, offset
 _BLOCK_SIZES = [2**k for k in range(5, 13)]
+
+
+class LowRank(NamedTuple):
+    """The term scale * left right^T: left [M, r] contiguous, right [N, r] in any strides, both in the dtype of x."""
+
+    left: Tensor
+    right: Tensor
+    scale: float
+
+
+def term_arguments(low: LowRank | None) -> tuple[Any, ...]:
+    """left, right, scale, r and the strides of right, as the kernels take them."""
+    return (*low, low.left.shape[1], *low.right.stride()) if low else (None, None, 0.0, 0, 0, 0)
 
 
 def check(name: str, t: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> None:

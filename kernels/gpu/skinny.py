@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .nf4 import load_scale
 from .permute import levels
-from .runtime import PORTABLE, launch, tables_on, tl, triton
+from .runtime import PORTABLE, LowRank, Weight, launch, tables_on, term_arguments, tl, triton
 
 ROWS = tl.constexpr(64)  # rows of W in a program: four warps of 16
 PROGRAMS = 512  # about four for each processor of a large GPU
@@ -95,15 +95,8 @@ def _sum(
     tl.store(y + m.to(tl.int64) * O + o, acc.to(y.dtype.element_ty), mask=o < O)
 
 
-def skinny(
-    x: Tensor,
-    weight: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    bias: Tensor | None,
-    low_rank: tuple[Tensor, Tensor, float] | None,
-    O: int,
-    block_size: int,
-) -> Tensor:
-    """Returns x W^T + bias + scale * left right^T, [M, O], for x [M, I], M <= 16, float16 or bfloat16; low_rank is those three."""
+def skinny(x: Tensor, weight: Weight, bias: Tensor | None, low: LowRank | None, O: int, block_size: int) -> Tensor:
+    """Returns x W^T + bias + scale * left right^T, [M, O], for x [M, I], M <= 16, float16 or bfloat16."""
     M, I = x.shape
     tiles, blocks = triton.cdiv(O, ROWS.value), math.gcd(I // 64, 4)  # up to four blocks are loaded before the first is multiplied
     steps = I // (64 * blocks)
@@ -114,21 +107,9 @@ def skinny(
     tables = tables_on(x.device)
     sizes = M, O, I // 8, I // block_size, span, x.stride(0)
     meta = {"BLOCK": block_size, "DOUBLE": weight[2] is not None, "MB": 8 if M <= 8 else 16, "BLOCKS": blocks, "PTX": not PORTABLE}
-    launch(
-        _partial,
-        (tiles, spans),
-        x,
-        *weight,
-        tables.rounded[x.dtype],
-        tables.map8,
-        partial,
-        *sizes,
-        **meta,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-    left, right, scale = low_rank or (None, None, 0.0)
-    r, *strides = (0, 0, 0) if left is None or right is None else (left.shape[1], *right.stride())
+    arguments = x, *weight, tables.rounded[x.dtype], tables.map8, partial, *sizes
+    launch(_partial, (tiles, spans), *arguments, **meta, num_warps=4, enable_fp_fusion=True)
+    left, right, scale, r, *strides = term_arguments(low)
     meta = {"BO": 128, "BR": min(64, triton.next_power_of_2(r)) if r else 0, "BIAS": bias is not None}
     launch(_sum, (triton.cdiv(O, 128), M), partial, bias, left, right, scale, y, M, O, r, *strides, spans, **meta, num_warps=4)
     return y
