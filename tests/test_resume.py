@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interrupted import Outcome, in_step, interrupt, run
 from torch import Tensor
 
 import minilora
 from minilora import recipe, resume
 from minilora.recipe import FinetuneConfig, finetune
 from minilora.resume import Interrupted, newest, present
-from runs import Outcome, in_step, interrupt, run
 
 STEPS = 5
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "steps": STEPS, "batch_size": 2, "grad_accum": 2, "dropout": 0.1, "r": 4}

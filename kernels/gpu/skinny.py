@@ -1,7 +1,8 @@
 r"""The skinny product on a GPU: y = x W^T for at most 16 rows of x, where reading W is all the work.
 
-The 64 rows of W that a program has are the tall side of a tensor-core product, y^T = W x^T, so that W goes from the loaded words
-through `permute.py` into the operand's registers and never through shared memory. That takes two re-orderings:
+The 64 rows of W that a program has are the tall side of a tensor-core product, y^T = W x^T, so that the decoded weights go from
+`permute.py` straight into the operand's registers. (The packed words come through shared memory: their loads are pipelined.) That
+takes two re-orderings:
 
 * Columns. In every 16 columns a tensor core wants from lane 4g + t the columns 2t, 2t+1, 2t+8, 2t+9 of its row. A lane has loaded
   two neighbouring words, 16 columns in a row. But a sum has no order, so column k' of the product may stand for any column k of
