@@ -14,6 +14,7 @@ from minilora.checkpoint import save_adapter as save_adapter
 from minilora.functional import lora_linear as lora_linear
 from minilora.functional import nf4_linear as nf4_linear
 from minilora.merging import merge as merge
+from minilora.merging import merge_report as merge_report
 from minilora.modules import LoRALinear as LoRALinear
 from minilora.modules import NF4Linear as NF4Linear
 from minilora.optim import PagedAdamW as PagedAdamW
@@ -49,6 +50,7 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "merge",
+    "merge_report",
     "nf4_linear",
     "plan",
     "quantize",

@@ -99,10 +99,8 @@ def finetune(
     except Interrupted as stopped:  # typer would swallow what a KeyboardInterrupt says
         print(f"minilora: {stopped}", file=sys.stderr)
         raise typer.Exit(128 + stopped.signal) from None
-    if result.eval_before is not None and result.eval_after is not None:
-        print(f"held-out loss {result.eval_before:.3f} before, {result.eval_after:.3f} after (nats a learned token)")
-    print(f"training loss {result.history[0].loss:.3f} at the first step, {result.history[-1].loss:.3f} at the last")
-    print(f"peak memory {amount(peak_memory())}; adapter in {result.out}/")
+    print(result)
+    print(f"peak memory {amount(peak_memory())}")
 
 
 @app.command()

@@ -19,9 +19,10 @@ from minilora.checkpoint import WEIGHTS, load_adapter, save_adapter
 from minilora.data import collate, encode
 from minilora.files import atomic, write_text
 from minilora.hf import DEMO_MODEL, generate, load_dense, pad_id
+from minilora.history import Step
 from minilora.merging import merge
 from minilora.plan import Plan, amount, plan
-from minilora.recipe import FinetuneConfig, Step, evaluate, peak_memory, quantize_with_bar, train_with_bar
+from minilora.recipe import FinetuneConfig, evaluate, peak_memory, quantize_with_bar, train_with_bar
 from minilora.surgery import inject
 
 HELD_OUT = 0.15  # share of the tools

@@ -1,6 +1,9 @@
-"""merge: W + (alpha / r) B A, written back into the layers. Into NF4 again it reports what the rounding leaves of the update."""
+"""merge: W + (alpha / r) B A, written back into the layers. `merge_report` says first what the rounding leaves of the update."""
 
+import math
 import warnings
+from dataclasses import dataclass
+from statistics import median
 from typing import Literal
 
 import torch
@@ -8,6 +11,7 @@ from torch import Tensor, nn
 
 from minilora.kernels.reference import lora as reference
 from minilora.modules import LoRALinear, NF4Linear
+from minilora.show import Table, plot
 from minilora.surgery import Model, adapted, route, tied_names
 from minilora.targets import Site
 from minilora.weight import NF4Weight, quantize_nf4
@@ -34,18 +38,23 @@ def merge(model: Model, *, into: Literal["dense", "nf4"] = "dense", min_survival
         >>> type(merge(model)[0]).__name__
         'Linear'
     """
-    found = adapted(model)
     if into not in ("dense", "nf4"):
         raise ValueError(f"into={into!r}: 'dense' or 'nf4'")
-    for name, site in found.items():
-        if not all(bool(p.isfinite().all()) for p in (site.layer.lora_A, site.layer.lora_B)):
-            raise ValueError(f"the adapter of {name} holds NaN or infinity: the training diverged, load an earlier checkpoint")
+    found = _finite(model)
     if into == "nf4":
         _merge_nf4(found, min_survival)
     else:
         _merge_dense(model, found)
     route(model)
     return model
+
+
+def _finite(model: nn.Module) -> dict[str, Site]:
+    found = adapted(model)
+    for name, site in found.items():
+        if not all(bool(p.isfinite().all()) for p in (site.layer.lora_A, site.layer.lora_B)):
+            raise ValueError(f"the adapter of {name} holds NaN or infinity: the training diverged, load an earlier checkpoint")
+    return found
 
 
 def _merge_dense(model: nn.Module, found: dict[str, Site]) -> None:
@@ -75,35 +84,129 @@ def _untie(model: nn.Module, name: str, names: str) -> None:
 
 def merged_weight(layer: LoRALinear) -> Tensor:
     """Returns W + s B A of one layer, float32 [out, in]."""
-    weight = layer.weight
-    dense = weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.detach()
-    wide = torch.promote_types(dense.dtype, torch.float32)
-    dense, A, B = dense.to(wide), layer.lora_A.detach().to(wide), layer.lora_B.detach().to(wide)
+    dense = _dense(layer.weight)
+    A, B = layer.lora_A.detach().to(dense.dtype), layer.lora_B.detach().to(dense.dtype)
     return reference.merged_weight(dense, A, B, layer.scale)
+
+
+def _dense(weight: Tensor | NF4Weight) -> Tensor:
+    """W [out, in], as exact as it is stored: in float32, or in float64 if it is."""
+    if isinstance(weight, NF4Weight):
+        return weight.dequantize(torch.float32)
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _update(layer: LoRALinear) -> Tensor:
+    """s B A, float32 [out, in]."""
+    return layer.scale * (layer.lora_B.detach().float() @ layer.lora_A.detach().float())
+
+
+def _requantized(layer: LoRALinear, old: NF4Weight) -> NF4Weight:
+    """W + s B A, rounded to the dtype that the base is decoded to, quantized as the base was."""
+    return quantize_nf4(merged_weight(layer).to(old.dtype), old.block_size, old.absmax2 is not None)
+
+
+def _survival(layer: LoRALinear, new: Tensor | NF4Weight) -> float:
+    """<W' - W, s B A> / |s B A|^2: the share of the update that the new weight W' holds. 1 for an update of zero."""
+    update = _update(layer)
+    size = float(update.square().sum())
+    return float(((_dense(new) - _dense(layer.weight)) * update).sum()) / size if size else 1.0
+
+
+@dataclass(frozen=True)
+class MergeRow:
+    """One adapted layer: its update's size |s B A| / |W| (Frobenius), and the share of it that each kind of merge would keep."""
+
+    name: str
+    out_features: int
+    in_features: int
+    update: float
+    dense: float
+    nf4: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class MergeReport:
+    """What `merge_report` found. It prints as a table; in a notebook each layer is a point in a picture below it.
+
+    Attributes:
+        rows: the adapted layers. `nf4` is None where the base is dense.
+    """
+
+    rows: tuple[MergeRow, ...]
+
+    def table(self) -> Table:
+        """The layers, those of one name and size in one row: medians, and the worst."""
+        groups: dict[tuple[str, int, int], list[MergeRow]] = {}
+        for row in self.rows:
+            groups.setdefault((row.name.rpartition(".")[2], row.out_features, row.in_features), []).append(row)
+        rows = []
+        for (name, o, i), layers in groups.items():
+            kept = [row.nf4 for row in layers if row.nf4 is not None]
+            nf4 = (f"{median(kept):.1%}", f"{min(kept):.1%}") if kept else ("", "")
+            sizes = (f"{median(row.update for row in layers):.2%}", f"{median(row.dense for row in layers):.1%}")
+            rows.append((name, f"{o} x {i}", f"{len(layers)}", *sizes, *nf4))
+        title = "What a merge keeps of the updates (medians)"
+        return Table(title, ("layer", "out x in", "count", "update / W", "into dense", "into nf4", "at worst"), tuple(rows))
+
+    def __repr__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        points = [(100 * r.update, 100 * r.nf4) for r in self.rows if r.nf4 is not None and math.isfinite(r.update)]
+        if not points:
+            return self.table().html()
+        x, y = zip(*points, strict=True)
+        return self.table().html(plot(x, y, "size of the update, % of W", "kept by a merge into NF4, %", line=False))
+
+
+def merge_report(model: nn.Module) -> MergeReport:
+    r"""Returns, layer by layer, what `merge` would keep of the adapters' updates. Changes nothing.
+
+    The sum W + s B A, s = alpha / r, is rounded: to the base's dtype ("dense"), or to NF4 again. What is kept is measured along
+    the update, <W' - W, s B A> / |s B A|^2: 1 if W' - W is the update, 0 if the rounding undid it.
+
+    Args:
+        model: an injected model.
+
+    Raises:
+        ValueError: there is no adapter; an adapter holds NaN or infinity.
+
+    Example:
+        >>> model = minilora.inject(minilora.quantize(torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))), r=4)
+        >>> _ = torch.nn.init.normal_(model[0].lora_B, std=1e-3)
+        >>> row = minilora.merge_report(model).rows[0]
+        >>> row.dense > 0.99, row.nf4 < 0.5
+        (True, True)
+    """
+    rows = []
+    for name, site in _finite(model).items():
+        layer = site.layer
+        old = layer.weight
+        dense = _survival(layer, merged_weight(layer).to(old.dtype))
+        nf4 = _survival(layer, _requantized(layer, old)) if isinstance(old, NF4Weight) else None
+        size = float(_update(layer).norm() / _dense(old).norm())
+        rows.append(MergeRow(name, layer.out_features, layer.in_features, size, dense, nf4))
+    return MergeReport(tuple(rows))
 
 
 def _merge_nf4(found: dict[str, Site], min_survival: float) -> None:
     merged: dict[str, NF4Weight] = {}
     survival: dict[str, float] = {}
     for name, site in found.items():
-        layer, old = site.layer, site.layer.weight
-        if not isinstance(old, NF4Weight):
+        if not isinstance(old := site.layer.weight, NF4Weight):
             raise ValueError(f"{name} has a dense base: merge(into='nf4') is for quantized ones, use into='dense'")
-        new = quantize_nf4(merged_weight(layer).to(old.dtype), old.block_size, old.absmax2 is not None)
-        update = layer.scale * (layer.lora_B.detach().float() @ layer.lora_A.detach().float())
-        moved = new.dequantize(torch.float32) - old.dequantize(torch.float32)
-        size = float(update.square().sum())
-        survival[name] = float((moved * update).sum()) / size if size else 1.0
-        merged[name] = new
+        merged[name] = _requantized(site.layer, old)
+        survival[name] = _survival(site.layer, merged[name])
     worst = sorted(survival, key=survival.__getitem__)[:5]
-    report = ", ".join(f"{name} {survival[name]:.1%}" for name in worst)
-    median = sorted(survival.values())[len(survival) // 2]
+    report = ", ".join(f"{name} {survival[name]:.1%}" for name in worst) + f"; median {median(survival.values()):.1%}"
     if survival[worst[0]] < min_survival:
         raise ValueError(
-            f"merging into NF4 would lose the update: of it survives {report} (median {median:.1%}), less than "
-            f"min_survival={min_survival:.0%}. Merge into='dense', or keep the adapter beside the quantized model."
+            f"merging into NF4 would lose the update: of it survives, at worst: {report}; less than "
+            f"min_survival={min_survival:.0%}. Merge into='dense', or keep the adapter beside the quantized model; "
+            "merge_report(model) shows every layer."
         )
     for name, site in found.items():
         base = site.layer.release()
         site.replace(NF4Linear(merged[name], base.bias, base.compute_dtype).train(base.training))
-    warnings.warn(f"merged into NF4; of the update survives, at worst: {report}; median {median:.1%}", stacklevel=3)
+    warnings.warn(f"merged into NF4; of the update survives, at worst: {report}", stacklevel=3)

@@ -1,7 +1,7 @@
 """A dry run: what `inject` and `quantize` would touch and what the run will hold in memory, before anything is loaded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from minilora.modules import NF4Linear, check_adapter
 from minilora.ops import GROUP
+from minilora.show import Table, stack
 from minilora.surgery import check_bare, check_site, check_untied, parameters_named, tied_names
 from minilora.targets import DEFAULT_EXCLUDE, LINEAR, Targets, resolve, sites
 from minilora.weight import check_block_size
@@ -25,9 +26,9 @@ class Row:
     base_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
-    """What `plan` found. `print` shows a table.
+    """What `plan` found. It prints as a table; in a notebook the bytes are drawn below it.
 
     Attributes:
         rows: the layers that would get an adapter.
@@ -51,26 +52,37 @@ class Plan:
         """Weights, adapters, gradients and optimizer; activations come on top and depend on batch and length."""
         return sum(self.bytes.values())
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
+        """The layers, those of one name and size in one row."""
         groups: dict[tuple[str, int, int], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((row.name.rpartition(".")[2], row.out_features, row.in_features), []).append(row)
-        width = max(len("left out"), *(len(key[0]) for key in groups))
-        lines = [
-            f"{self.model}: {self.parameters:,} parameters, {self.trainable:,} to train ({self.trainable / self.parameters:.2%})"
+        rows = [
+            (
+                name,
+                f"{o} x {i}",
+                f"{len(rows)}",
+                f"{sum(r.adapter_parameters for r in rows):,}",
+                amount(sum(r.base_bytes for r in rows)),
+            )
+            for (name, o, i), rows in groups.items()
         ]
-        lines += [f"  {'layer':<{width}}  {'out x in':>13}  count  {'adapter':>11}  {'base':>9}"]
-        for (name, o, i), rows in groups.items():
-            size, adapter = f"{o} x {i}", sum(row.adapter_parameters for row in rows)
-            lines += [
-                f"  {name:<{width}}  {size:>13}  {len(rows):>5}  {adapter:>11,}  {amount(sum(r.base_bytes for r in rows)):>9}"
-            ]
+        below = [f"together {amount(self.total_bytes)}, and the activations"]
         if self.left_out:
-            shown = ", ".join(self.left_out[:4]) + (f" and {len(self.left_out) - 4} more" if len(self.left_out) > 4 else "")
-            lines += [f"  {'left out':<{width}}  {shown}"]
-        lines += ["  " + ", ".join(f"{kind} {amount(n)}" for kind, n in self.bytes.items() if n)]
-        lines += [f"  together {amount(self.total_bytes)}, and the activations"]
-        return "\n".join(lines)
+            more = f" and {len(self.left_out) - 4} more" if len(self.left_out) > 4 else ""
+            below.insert(0, f"left out: {', '.join(self.left_out[:4])}{more}")
+        share = self.trainable / self.parameters
+        title = f"{self.model}: {self.parameters:,} parameters, {self.trainable:,} to train ({share:.2%})"
+        return Table(title, ("layer", "out x in", "count", "adapter", "base"), tuple(rows), tuple(below))
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{kind} {amount(n)}" for kind, n in self.bytes.items() if n)
+        table = self.table()
+        return str(replace(table, below=(*table.below, kinds)))
+
+    def _repr_html_(self) -> str:
+        held = {kind: n for kind, n in self.bytes.items() if n}
+        return self.table().html(stack(held, {kind: amount(n) for kind, n in held.items()}))
 
 
 def amount(n: float) -> str:

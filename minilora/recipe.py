@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from minilora.checkpoint import save_adapter
 from minilora.data import IGNORE, Example, batch_order, collate, load_examples
 from minilora.files import write_text
 from minilora.hf import gradient_checkpointing, load_dense, own_memory, pad_id, pick_device
+from minilora.history import Result, Step
 from minilora.optim import PagedAdamW
 from minilora.plan import amount
 from minilora.resume import Keeper, clear
@@ -105,31 +106,6 @@ class FinetuneConfig:
     def steps_for(self, examples: int) -> int:
         """Optimizer steps of a run over so many training examples."""
         return self.steps or max(1, round(self.epochs * examples / (self.batch_size * self.grad_accum)))
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step reports: mean loss (nats a learned token), learned tokens, tokens in all, seconds."""
-
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    learned: int
-    tokens: int
-    seconds: float
-
-
-@dataclass
-class Result:
-    """What `finetune` returns: the trained model, its tokenizer, the loss on the hold-out before and after, every step."""
-
-    model: nn.Module
-    tokenizer: Any
-    out: Path
-    eval_before: float | None
-    eval_after: float | None
-    history: list[Step] = field(default_factory=list)
 
 
 def schedule(step: int, steps: int) -> float:

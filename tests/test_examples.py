@@ -10,6 +10,7 @@ import torch
 import minilora
 
 MODULES = [
+    "show",
     "weight",
     "functional",
     "modules",

@@ -19,6 +19,7 @@ ROOMS = {
     "kernels.cpu": 1,
     "kernels.gpu": 1,
     "files": 1,
+    "show": 1,
     "ops": 2,
     "weight": 3,
     "functional": 4,
@@ -33,12 +34,17 @@ ROOMS = {
     "retry": 9,
     "data": 9,
     "hf": 9,
+    "history": 9,
     "resume": 10,
     "recipe": 11,
     "demo": 12,
     "cli": 13,
 }
-CORE = [room for room, rank in ROOMS.items() if rank <= 8 and room not in ("plan", "paging", "optim", "kernels.cpu", "kernels.gpu")]
+CORE = [
+    room
+    for room, rank in ROOMS.items()
+    if rank <= 8 and room not in ("show", "plan", "paging", "optim", "kernels.cpu", "kernels.gpu")
+]
 TWINS = ("kernels.cpu", "kernels.gpu")  # they say again, fast, what kernels/reference says
 OWN = {"kernels.cpu": {"numba", "llvmlite"}, "kernels.gpu": {"triton"}, "cli": {"typer"}}
 EVERYWHERE = {"torch", "numpy", "safetensors", "minilora"}
@@ -213,6 +219,7 @@ SURFACE = {
         "dropout: float = 0.0) -> Tensor"
     ),
     "merge": "(model: ~Model, *, into: Literal['dense', 'nf4'] = 'dense', min_survival: float = 0.5) -> ~Model",
+    "merge_report": "(model: Module) -> MergeReport",
     "nf4_linear": "(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor",
     "plan": (
         "(model: Module | Any, r: int = 8, *, alpha: float | None = None, targets: Targets = 'all-linear', "

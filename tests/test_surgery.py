@@ -262,6 +262,42 @@ def test_merge_into_nf4_refuses_to_lose_the_update_and_reports_what_survives() -
         assert type(minilora.merge(minilora.inject(model, r=4), into="nf4")[0]) is minilora.NF4Linear
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("size", [1e-4, 0.1, 3.0])
+def test_a_merge_report_says_what_a_merge_then_keeps_and_changes_nothing(quantized: bool, size: float) -> None:
+    model = minilora.inject(small(quantized=quantized, dtype=torch.bfloat16), r=4)
+    perturb(model, size)
+    state = states(model)
+    report = minilora.merge_report(model)
+    assert_same_state(model, state)
+    layers = {n: (decoded(layer.weight).double(), layer) for n, layer in adapters(model).items()}
+    merged = {"dense": minilora.merge(copy.deepcopy(model))}
+    if quantized:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            merged["nf4"] = minilora.merge(copy.deepcopy(model), into="nf4", min_survival=-9)
+    assert [row.name for row in report.rows] == list(layers) and len(report.rows) == 2
+    for row in report.rows:
+        W, layer = layers[row.name]
+        update = layer.scale * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
+        assert row.update == pytest.approx(float(update.norm() / W.norm()), rel=1e-5)
+        for kind in ("dense", "nf4"):
+            if kind in merged:
+                moved = decoded(merged[kind].get_submodule(row.name).weight).double() - W
+                kept = float((moved * update).sum() / update.square().sum())
+                assert getattr(row, kind) == pytest.approx(kept, rel=1e-4, abs=1e-4)
+        assert (row.nf4 is None) is not quantized
+
+
+def test_a_merge_report_refuses_what_merge_refuses() -> None:
+    with pytest.raises(ValueError, match="no adapter"):
+        minilora.merge_report(small())
+    model = minilora.inject(small(), r=4)
+    perturb(model, float("nan"))
+    with pytest.raises(ValueError, match="up holds NaN"):
+        minilora.merge_report(model)
+
+
 # ---- disabled
 
 
