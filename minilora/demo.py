@@ -132,7 +132,7 @@ def _one_line(text: str, limit: int = 96) -> str:
 
 
 def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
-    """Runs the demo; writes the adapter, metrics.jsonl, loss.png and report.md to `out`."""
+    """Runs the demo; writes the adapter, metrics.jsonl, demo.png and report.md to `out`."""
     config = FinetuneConfig(DEMO_MODEL, "cheat", out, lr=1e-3, steps=steps, seed=seed, checkpointing=False)  # a third less time
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,8 +175,11 @@ def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
     answers = list(zip(asked, before, after, strict=True))
     size = (folder / WEIGHTS).stat().st_size
     report = Report(base_loss, nf4_loss, tuned_loss, answers, planned, size, history, seconds, reloaded, merged_loss, peak_memory())
-    draw_loss(history, report, folder / "loss.png")
-    write_text(folder / "report.md", f"# minilora demo\n\n![loss](loss.png)\n\n````text\n{report}\n````\n")
+    draw(history, report, folder / "demo.png")
+    write_text(
+        folder / "report.md",
+        f"# minilora demo\n\n![the losses, and answers before and after](demo.png)\n\n````text\n{report}\n````\n",
+    )
     print(f"\n{report}\n\nwritten to {folder}/: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     return report
 
@@ -192,29 +195,42 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model.eval()(input_ids=ids).logits.float()  # type: ignore[no-any-return]
 
 
-def draw_loss(history: list[Step], report: Report, path: Path) -> None:
-    """The training loss and the held-out losses, as a picture."""
+def draw(history: list[Step], report: Report, path: Path) -> None:
+    """The demo in one picture: the losses, and what the model answered before and after."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, (curve, words) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure.suptitle("SmolLM2-135M learns to write shell commands: QLoRA on a CPU", x=0.01, ha="left", fontweight="bold")
     losses = [s.loss for s in history]
     smooth = [sum(losses[max(0, i - 9) : i + 1]) / len(losses[max(0, i - 9) : i + 1]) for i in range(len(losses))]
     x = [s.step for s in history]
-    axes.plot(x, losses, color="tab:blue", alpha=0.25, linewidth=1)
-    axes.plot(x, smooth, color="tab:blue", linewidth=2, label="training, mean of 10 steps")
+    curve.plot(x, losses, color="tab:blue", alpha=0.25, linewidth=1)
+    curve.plot(x, smooth, color="tab:blue", linewidth=2, label="training, mean of 10 steps")
     for value, label, style in (
         (report.nf4_loss, "held out: base in NF4", ":"),
         (report.base_loss, "held out: unquantized base", "--"),
         (report.tuned_loss, "held out: fine-tuned", "-"),
     ):
-        axes.axhline(value, color="tab:red", linestyle=style, linewidth=1.2, label=f"{label}, {value:.2f}")
-    axes.set(xlabel="step (8 commands each)", ylabel="nats a completion token", title="SmolLM2-135M learns to write shell commands")
-    axes.set_xlim(1, len(history))
-    axes.legend(fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.97), framealpha=1, edgecolor="none")
-    axes.spines[["top", "right"]].set_visible(False)
+        curve.axhline(value, color="tab:red", linestyle=style, linewidth=1.2, label=f"{label}, {value:.2f}")
+    curve.set(xlabel="step (8 commands each)", ylabel="nats a completion token", xlim=(1, max(2, len(history))))
+    curve.legend(fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.97), framealpha=1, edgecolor="none")
+    curve.spines[["top", "right"]].set_visible(False)
+    words.axis("off")
+    y = iter(0.97 - 0.074 * i for i in range(100))
+    words.text(0, next(y), "tools that it was never trained on", fontsize=10, color="0.4", va="top")
+    for command, before, after in report.answers[:3]:
+        next(y)
+        words.text(0, next(y), _one_line(f"{command.tool}: {command.task}", 62), fontsize=10, va="top")
+        for name, text, colour in (
+            ("before", before, "0.45"),
+            ("after", after, "tab:blue"),
+            ("sheet", command.command, "tab:green"),
+        ):
+            said = f"{name:<6}  {_one_line(text, 52)}"
+            words.text(0.02, next(y), said, fontsize=9, family="monospace", va="top", color=colour, parse_math=False)
     with atomic(path) as (temporary,):
         figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)

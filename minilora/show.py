@@ -43,7 +43,10 @@ class Table:
         """The table for a notebook; `picture` goes below it."""
         head, *rows = (
             "<tr>"
-            + "".join(f'<{tag} style="text-align:{"right" if i else "left"}">{escape(cell)}</{tag}>' for i, cell in enumerate(row))
+            + "".join(
+                f'<{tag} style="text-align:{"right" if i else "left"};padding:2px 10px">{escape(cell)}</{tag}>'
+                for i, cell in enumerate(row)
+            )
             for tag, row in (("th", self.head), *(("td", row) for row in self.rows))
         )
         below = "".join(f"<div>{escape(line)}</div>" for line in self.below)
@@ -109,5 +112,5 @@ def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
 
 
 def _svg(inside: str, height: int) -> str:
-    style = 'style="max-width:100%;height:auto" font-family="sans-serif" font-size="12"'
+    style = 'style="max-width:100%;height:auto;margin-top:12px" font-family="sans-serif" font-size="12"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" {style}>{inside}</svg>'

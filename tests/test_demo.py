@@ -56,6 +56,6 @@ def test_two_steps_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert abs(report.merged_loss - report.tuned_loss) < 0.05  # merging rounds to bfloat16: 2^-9 of each weight
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 16
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert str(report) in (tmp_path / "report.md").read_text()
     assert str(report) in capsys.readouterr().out

@@ -38,7 +38,9 @@ def test_a_table_stands_in_columns_and_its_html_holds_the_same_cells_escaped() -
     ]
     tree = parse(table.html())
     assert [[cell.text for cell in row] for row in tree.iter("tr")] == [["layer", "n"], ["<up>", "1"], ["down & out", "10,000"]]
-    assert [cell.get("style") for cell in tree.iter("td")] == ["text-align:left", "text-align:right"] * 2
+    assert [cell.get("style") for cell in tree.iter("td")] == [
+        f"text-align:{side};padding:2px 10px" for side in ("left", "right")
+    ] * 2
 
 
 def test_the_bar_of_a_plan_is_divided_as_its_bytes_are() -> None:
