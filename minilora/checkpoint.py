@@ -54,6 +54,10 @@ def save_adapter(model: nn.Module, path: str | Path) -> Path:
     Both files are written under another name first: a full disk or a kill leaves the old ones whole. The weights carry a
     hash of their config and one of themselves.
 
+    Args:
+        model: an injected model. What is trained is written in the dtype that it has, the adapters in float32.
+        path: the folder; it is made if it is not there.
+
     Returns:
         The folder.
 

@@ -18,7 +18,7 @@ from minilora.weight import NF4Weight, quantize_nf4
 
 
 def merge(model: Model, *, into: Literal["dense", "nf4"] = "dense", min_survival: float = 0.5) -> Model:
-    r"""Adds the adapters to the weights they adapt, W + (alpha / r) B A, and removes them.
+    r"""Adds the adapters to the weights they adapt, W + (alpha / r) B A, and removes them (LoRA, arXiv:2106.09685, section 4.1).
 
     Args:
         model: an injected model.

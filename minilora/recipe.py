@@ -318,7 +318,7 @@ def recompute(model: nn.Module, config: FinetuneConfig) -> AbstractContextManage
 
 
 def finetune(config: FinetuneConfig) -> Result:
-    """Loads, quantizes, injects, trains and saves: see `FinetuneConfig`.
+    r"""Loads, quantizes, injects, trains and saves: see `FinetuneConfig`.
 
     Writes to `config.out`: the adapter (`save_adapter`), `config.json`, `metrics.jsonl` with a line a step; and `checkpoints/`
     until the run is finished. A run that was stopped and resumed, on the same machine and versions, gives the same bits as one
@@ -335,8 +335,11 @@ def finetune(config: FinetuneConfig) -> Result:
         minilora.resume.Interrupted: Ctrl-C or SIGTERM, after the checkpoint was written. A KeyboardInterrupt.
 
     Example:
-        >>> result = finetune(FinetuneConfig("smollm2", "my.jsonl", "my-adapter"))  # doctest: +SKIP
-        >>> result.eval_after < result.eval_before  # doctest: +SKIP
+        >>> data = tmp / "my.jsonl"
+        >>> _ = data.write_text(8 * '{"prompt": "Where is it?", "completion": "Under the stone"}\n')
+        >>> config = FinetuneConfig("smollm2", str(data), str(tmp / "a"), lr=2e-3, steps=2, batch_size=2, eval_fraction=0.1)
+        >>> result = finetune(config)
+        >>> result.eval_after < result.eval_before
         True
     """
     device = pick_device(config.device)

@@ -34,6 +34,8 @@ def quantize(
 ) -> Model:
     r"""Replaces linear layers by 4-bit ones, in place, layer by layer; each dense weight is freed as it goes.
 
+    What a layer's weight becomes says `NF4Weight` (QLoRA, arXiv:2305.14314, section 3); its bias stays dense.
+
     Args:
         model: any module; its `nn.Linear` layers are found by `targets`.
         targets: "all-linear"; a name or names, matched on the last part or a dotted end ("q_proj", "self_attn.q_proj");
@@ -180,7 +182,8 @@ def inject(
 ) -> Model:
     r"""Puts a LoRA adapter on linear layers, dense or quantized, in place, and freezes all the rest.
 
-    The model computes what it computed before, to the bit, until the first step: B starts at zero.
+    y = x W^T + (alpha / r) (x A^T) B^T (LoRA, arXiv:2106.09685, equation 3), A [r, in], B [out, r], float32. The model computes
+    what it computed before, to the bit, until the first step: B starts at zero.
 
     Args:
         model: any module.
@@ -311,7 +314,10 @@ def eject(model: Model) -> Model:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model computes its base alone, compiled or not.
+    """Inside the block the model computes its base alone, y = x W^T + bias, compiled or not. Blocks may be nested.
+
+    Raises:
+        ValueError: the model has no adapter.
 
     Example:
         >>> model = inject(torch.nn.Sequential(torch.nn.Linear(64, 8)), r=4)
@@ -335,6 +341,9 @@ def audit(model: nn.Module) -> list[str]:
     B of a layer that took part has a gradient other than zero from the first step on (A's is zero at first, because B is). One
     without was gone round: a frozen path, checkpointing without input gradients, a fused loss that reads `lm_head.weight`.
 
+    Raises:
+        ValueError: the model has no adapter.
+
     Example:
         >>> model = inject(torch.nn.Sequential(torch.nn.Linear(64, 8)), r=4)
         >>> audit(model)
@@ -351,7 +360,10 @@ def audit(model: nn.Module) -> list[str]:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Returns what there is to train: the adapters, and the parameters of `train_also`. For an optimizer.
+    """Returns what there is to train: the adapters, float32, and the parameters of `train_also`. For an optimizer.
+
+    Raises:
+        ValueError: the model has no adapter.
 
     Example:
         >>> model = inject(torch.nn.Sequential(torch.nn.Linear(64, 8)), r=4)
