@@ -1,0 +1,342 @@
+"""Draws docs/pictures/*.svg:  python docs/draw.py [folder]. Plain Python; what is drawn is computed, or read from the sources."""
+
+import random
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from statistics import NormalDist
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from rooms import CAPTIONS, COLUMNS, arrows, ranks  # noqa: E402
+from svg import Picture  # noqa: E402
+
+WIDE = 720
+GAUSS = NormalDist()
+
+# ---- NF4, from its definition: kernels/reference/nf4.py derives the same with torch
+
+
+def levels() -> list[float]:
+    """The 16 levels: 8 quantiles for the positive half, 7 for the negative, zero between them, divided by the largest."""
+
+    def half(count: int) -> list[float]:
+        outermost = 0.9677083
+        return [GAUSS.inv_cdf(outermost - i * (outermost - 0.5) / count) for i in range(count)]
+
+    whole = sorted([-q for q in half(7)] + [0.0] + half(8))
+    return [q / whole[-1] for q in whole]
+
+
+def code_of(y: float) -> int:
+    """The number of thresholds, half way between neighbouring levels, below y."""
+    found = levels()
+    return sum(y > (a + b) / 2 for a, b in pairwise(found))
+
+
+# ---- the pictures
+
+
+def layout() -> Picture:
+    """Weights, codes, bytes, blocks, groups; and what each costs."""
+    p = Picture(WIDE, 560, "How an NF4 weight lies in memory: codes, bytes, blocks of 64, groups of 256 blocks")
+    drawn = random.Random(29)
+    block = [NormalDist(0, 0.02).inv_cdf(drawn.random()) for _ in range(64)]
+    absmax = max(map(abs, block))
+    shown = [0, 1, 2, 3, None, 62, 63]
+    left, step = 150, 66
+    p.text(16, 30, "one block: 64 weights that lie side by side", "head")
+    for y, label in ((62, "weight w"), (92, "w / absmax"), (122, "code, 0 to 15"), (158, "four bits"), (206, "byte")):
+        p.text(16, y, label, "soft")
+    for place, i in enumerate(shown):
+        x = left + step * place
+        if i is None:
+            for y in (62, 92, 122, 158, 206):
+                p.text(x + step / 2, y, "...", "soft", "middle")
+            continue
+        code = code_of(block[i] / absmax)
+        p.box(x + 2, 45, step - 4, 24, "w", f"{block[i]:.4f}", "mono small")
+        p.text(x + step / 2, 92, f"{block[i] / absmax:.3f}", "mono small", "middle")
+        p.text(x + step / 2, 122, str(code), "mono", "middle")
+        p.box(x + 2, 140, step - 4, 26, "code", f"{code:04b}", "mono")
+        if i % 2 == 0:
+            byte = code << 4 | code_of(block[i + 1] / absmax)
+            p.line([(x + 8, 172), (x + 8, 180), (x + 2 * step - 8, 180), (x + 2 * step - 8, 172)])
+            p.box(x + 2, 188, 2 * step - 4, 28, "code", f"0x{byte:02x}", "mono")
+    p.text(left, 236, "the first of two weights is in the high four bits", "small soft")
+    p.text(left + 7 * step + 8, 54, "absmax", "small soft")
+    p.text(left + 7 * step + 8, 70, f"{absmax:.4f}", "mono small")
+    p.text(left + 7 * step + 8, 206, "32 bytes", "small")
+
+    p.text(16, 282, "one group: 256 blocks, 16,384 weights", "head")
+    cells = [0, 1, 2, None, 254, 255]
+    for place, b in enumerate(cells):
+        x = left + 77 * place
+        if b is None:
+            for y in (315, 368):
+                p.text(x + 38, y, "...", "soft", "middle")
+            continue
+        p.box(x + 2, 296, 73, 30, "code", f"block {b}", "small")
+        p.arrow((x + 38, 326), (x + 38, 348))
+        p.box(x + 2, 350, 73, 28, "lora", f"d{b}", "mono")
+    p.text(16, 315, "32 bytes each", "soft")
+    p.text(16, 368, "absmax, as 8 bits", "soft")
+    p.brace(left + 2, left + 6 * 77 - 2, 384)
+    p.text(16, 424, "for the group", "soft")
+    p.box(left + 2, 404, 226, 28, "grad", "absmax2: s0, one float32", "small")
+    p.text(left + 240, 415, "absmax = map8[d] * s0 + offset", "mono small")
+    p.text(left + 240, 432, "offset: one float32 for the whole weight", "small soft")
+
+    p.text(16, 470, "bytes of a group", "head")
+    width = 520.0
+    for y, label, parts in (
+        (482, "bfloat16", [(32768, "w", "32,768")]),
+        (514, "NF4", [(8192, "code", "8,192"), (256, "lora", ""), (4, "grad", "")]),
+    ):
+        p.text(16, y + 17, label, "soft")
+        x = float(left)
+        for size, kind, text in parts:
+            p.box(x, y, size / 32768 * width, 24, kind, text, "small", r=0)
+            x += size / 32768 * width
+        if label == "NF4":
+            p.text(x + 8, y + 17, "+ 256 + 4 = 8,452 bytes: 4.127 bits a weight", "small")
+    return p
+
+
+def density() -> Picture:
+    """The levels under the density whose quantiles they are."""
+    p = Picture(WIDE, 330, "The 16 NF4 levels on the density of the normal distribution")
+    found = levels()
+    outermost = GAUSS.inv_cdf(0.9677083)  # standard deviations that lie at the level 1
+    middle, unit, foot, high = 382.0, 286.0, 250.0, 190.0
+
+    def at(y: float) -> tuple[float, float]:
+        return middle + unit * y, foot - high * GAUSS.pdf(outermost * y) / GAUSS.pdf(0)
+
+    edges = [-1.12, *((a + b) / 2 for a, b in pairwise(found)), 1.12]
+    for code, (a, b) in enumerate(pairwise(edges)):
+        curve = [at(a + (b - a) * i / 24) for i in range(25)]
+        p.area([(curve[0][0], foot), *curve, (curve[-1][0], foot)], "x" if code % 2 else "code")
+    for code, y in enumerate(found):
+        x, top = at(y)
+        p.line([(x, foot), (x, top)], "ink", 1.6)
+        p.text(x, foot + 18, str(code), "mono small", "middle")
+    p.line([(12, foot), (WIDE - 12, foot)])
+    p.text(14, foot + 18, "code", "small soft")
+    for code in (0, 3, 7, 11, 15):
+        p.text(at(found[code])[0], foot + 38, f"{found[code]:.3f}", "mono small soft", "middle")
+    p.text(14, foot + 38, "level", "small soft")
+    p.text(16, 30, "a line is a level, a stripe the values that are rounded to it", "head")
+    p.text(16, 54, "7 steps of equal probability", "small soft")
+    p.text(16, 70, "below zero", "small soft")
+    p.text(WIDE - 16, 54, "8 steps of equal probability", "small soft", "end")
+    p.text(WIDE - 16, 70, "above zero", "small soft", "end")
+    p.text(
+        middle,
+        foot + 64,
+        f"w / absmax: 1 is {outermost:.2f} standard deviations of the normal distribution",
+        "small soft",
+        "middle",
+    )
+    return p
+
+
+def grid(
+    p: Picture, x: float, y: float, rows: int, columns: int, cell: tuple[float, float], kind: str, lit: set[tuple[int, int]]
+) -> None:
+    """A matrix of tiles, of which some are lit."""
+    for r in range(rows):
+        for c in range(columns):
+            where = x + c * cell[0], y + r * cell[1]
+            p.box(*where, *cell, kind if (r, c) in lit else "", r=0)
+
+
+def fused() -> Picture:
+    """One product, by way of a dense weight and without one."""
+    p = Picture(WIDE, 470, "A product with a packed weight: by way of a dense copy, and tile by tile in registers")
+
+    def lanes(y: float, title: str) -> None:
+        p.text(16, y, title, "head")
+        p.text(16, y + 30, "memory", "soft")
+        p.text(16, y + 136, "registers", "soft")
+        p.line([(16, y + 100), (WIDE - 16, y + 100)], "ink dash")
+
+    lanes(30, "with a dense copy: 0.52 + 2 + 2 bytes a weight cross the bus")
+    p.box(110, 52, 60, 60, "code", "packed", "small")
+    p.text(178, 72, "0.52 bytes", "small soft")
+    p.text(178, 88, "a weight, read", "small soft")
+    p.box(300, 42, 80, 80, "w", "dense W", "small")
+    p.text(393, 72, "2 bytes written,", "small soft")
+    p.text(393, 88, "2 bytes read", "small soft")
+    p.box(530, 52, 70, 40, "x", "x", "small")
+    p.box(640, 52, 60, 40, "grad", "y", "small")
+    p.box(200, 146, 80, 34, "", "decode", "small")
+    p.box(560, 146, 90, 34, "", "multiply", "small")
+    p.arrow((140, 112), (140, 163), (200, 163))
+    p.arrow((280, 163), (320, 163), (320, 122))
+    p.arrow((360, 122), (360, 163), (560, 163))
+    p.arrow((580, 92), (580, 146))
+    p.arrow((650, 163), (670, 163), (670, 92))
+
+    y = 250
+    lanes(y, "fused: 0.52 bytes a weight, decoded tile by tile where they are used")
+    grid(p, 110, y + 18, 4, 4, (19, 18), "code", {(1, 2)})
+    p.text(196, y + 36, "packed W", "small")
+    p.text(196, y + 54, "0.52 bytes", "small soft")
+    p.text(196, y + 72, "a weight, read", "small soft")
+    grid(p, 452, y + 18, 3, 4, (19, 18), "x", {(1, 2)})
+    p.text(490, y + 88, "x", "small", "middle")
+    grid(p, 612, y + 18, 3, 4, (19, 18), "grad", {(1, 1)})
+    p.text(650, y + 88, "y", "small", "middle")
+    base = y + 130
+    p.box(136, base, 60, 60, "code", "[BO, BI]", "small")
+    p.text(166, base + 78, "4-bit codes", "small soft", "middle")
+    p.box(276, base, 60, 60, "w", "[BO, BI]", "small")
+    p.text(306, base + 78, "16-bit weights", "small soft", "middle")
+    p.box(416, base, 60, 60, "x", "[BM, BI]", "small")
+    p.text(446, base + 78, "a tile of x", "small soft", "middle")
+    p.box(590, base, 70, 60, "grad", "[BM, BO]", "small")
+    p.text(625, base + 78, "float32 sums", "small soft", "middle")
+    p.arrow((157.5, y + 54), (157.5, base))
+    p.arrow((499.5, y + 54), (499.5, y + 112), (446, y + 112), (446, base))
+    p.arrow((196, base + 30), (276, base + 30))
+    p.text(236, base + 22, "decode", "small", "middle")
+    p.text(376, base + 35, "times", "small", "middle")
+    p.arrow((476, base + 30), (590, base + 30))
+    p.text(533, base + 22, "add, for each", "small", "middle")
+    p.text(533, base + 47, "tile along I", "small", "middle")
+    p.arrow((640.5, base), (640.5, y + 54))
+    return p
+
+
+def lora() -> Picture:
+    """The forward and the gradients as blocks whose sides are M, I, O and r."""
+    p = Picture(WIDE, 620, "LoRA's forward and its gradients as products of blocks")
+    side = {"M": 56.0, "I": 92.0, "O": 68.0, "r": 18.0}
+
+    def row(y: float, terms: list[str]) -> None:
+        """Terms such as "x:M,I:x" (label, rows and columns, kind) or a sign, around the height y."""
+        x = 20.0
+        for term in terms:
+            if ":" not in term:
+                p.text(x + 6 * len(term), y + 5, term, "mono", "middle")
+                x += 12 * len(term)
+                continue
+            label, size, kind = term.split(":")
+            tall, wide = (side[s] for s in size.split(","))
+            room = max(wide, 40)
+            p.box(x + (room - wide) / 2, y - tall / 2, wide, tall, kind, label if wide > 30 else "", "mono")
+            if wide <= 30:
+                p.text(x + room / 2, y - 6 - tall / 2, label, "mono", "middle")
+            p.text(x + room / 2, y + 17 + tall / 2, f"[{size.replace(',', ', ')}]", "small soft", "middle")
+            x += room + 6
+
+    p.text(20, 30, "forward", "head")
+    row(108, ["y:M,O:", "= ", "x:M,I:x", "Wᵀ:I,O:w", "+ s", "x:M,I:x", "Aᵀ:I,r:lora", "Bᵀ:r,O:lora"])
+    p.text(20, 206, "backward", "head")
+    row(272, ["dx:M,I:", "= ", "dy:M,O:grad", "W:O,I:w", "+ s", "dy:M,O:grad", "B:O,r:lora", "A:r,I:lora"])
+    row(404, ["dA:r,I:", "= s", "(", "dy:M,O:grad", "B:O,r:lora", ")ᵀ", "x:M,I:x"])
+    row(536, ["dB:O,r:", "= s", "dyᵀ:O,M:grad", "(", "x:M,I:x", "Aᵀ:I,r:lora", ")"])
+    x = 470
+    for i, (kind, text) in enumerate(
+        [
+            ("w", "W: frozen, packed in 4 bits"),
+            ("lora", "A, B: trained"),
+            ("x", "x: kept for the backward"),
+            ("grad", "dy: comes from above"),
+        ]
+    ):
+        p.box(x, 400 + 30 * i, 22, 16, kind)
+        p.text(x + 32, 413 + 30 * i, text, "small")
+    p.text(x, 545, "made once and used twice, [M, r]:", "small soft")
+    p.text(x, 565, "z = x Aᵀ    u = dy B", "mono small")
+    return p
+
+
+def pages() -> Picture:
+    """Optimizer states on the host, visiting the device two pages at a time."""
+    p = Picture(WIDE, 380, "Paged optimizer states: two pages on the device, copies beside the update")
+    p.text(16, 30, "where things live once the device has run out of memory", "head")
+    p.text(16, 66, "host, pinned", "soft")
+    left, w = 130.0, 78.0
+    for i in range(7):
+        p.box(left + i * w, 48, w - 4, 28, "lora" if i in (2, 3) else "w", f"page {i}", "small")
+    p.text(left, 94, "both states of all parameters, in pages of at most 64 MiB; small parameters share one", "small soft")
+    p.text(16, 146, "device", "soft")
+    p.box(left, 124, 236, 34, "x", "parameters, gradients, activations", "small")
+    p.box(left + 256, 124, 90, 34, "lora", "page slot", "small")
+    p.box(left + 352, 124, 90, 34, "lora", "page slot", "small")
+    p.text(left + 456, 146, "and half a page", "small soft")
+
+    p.text(16, 204, "a step in time", "head")
+    p.text(16, 240, "side stream", "soft")
+    p.text(16, 288, "main stream", "soft")
+    unit = 66.0
+    copies = [("in 0", 0), ("in 1", 1), ("out 0", 2), ("in 2", 3), ("out 1", 4), ("in 3", 5), ("out 2", 6), ("out 3", 7)]
+    for label, at in copies:
+        p.box(left + at * unit, 222, unit - 4, 28, "code" if label.startswith("in") else "grad", label, "small")
+    for i, at in enumerate((1, 2, 4, 6)):
+        p.box(left + at * unit, 270, unit - 4, 28, "lora", f"update {i}", "small")
+    p.arrow((left, 318), (left + 8.4 * unit, 318))
+    p.text(left + 8.4 * unit, 334, "time", "small soft", "end")
+    p.text(
+        16,
+        362,
+        "First everything is allocated, then everything is updated: a step that cannot be taken has changed nothing.",
+        "small soft",
+    )
+    return p
+
+
+def architecture() -> Picture:
+    """Every room at the height of its rank; an arrow is an import."""
+    rank = ranks()
+    pitch, gap, w, h = 62, 139, 128, 40
+    top = max(rank.values())
+    p = Picture(WIDE, pitch * (top + 1) + 32, "The rooms of minilora; an arrow is an import, and all of them point down")
+    column = {room: i for i, names in enumerate(COLUMNS) for room in names.split()}
+    place = {room: (82 + gap * column.get(room, 2), 28 + pitch * (top - r)) for room, r in rank.items()}
+    for room, to in arrows().items():
+        for other in sorted(to):
+            (x0, y0), (x1, y1) = place[room], place[other]
+            style = "ink dash" if room == "ops" else "ink"
+            if rank[room] - rank[other] > 1 and x0 - x1 == gap:  # between two columns, past what stands there
+                middle = x0 - gap / 2
+                p.arrow((x0 - w / 2, y0 + h / 2), (middle, y0 + h / 2), (middle, y1 + h / 2), (x1 + w / 2, y1 + h / 2), style=style)
+            elif x0 == x1 and any(x == x0 and y0 < y < y1 for x, y in place.values()):  # past what stands between them
+                side = x0 - w / 2 - 1.6 * (rank[room] - rank[other])
+                p.arrow((x0 - w / 2, y0 + h / 2), (side, y0 + h / 2), (side, y1 + h / 2), (x1 - w / 2, y1 + h / 2), style=style)
+            elif x0 == x1:
+                p.arrow((x0, y0 + h), (x1, y1), style=style)
+            else:
+                turn = y1 - 12 if room.startswith("kernels") else y0 + h + 10
+                p.arrow((x0, y0 + h), (x0, turn), (x1, turn), (x1, y1), style=style)
+    for room, (x, y) in place.items():
+        kind = "code" if room.startswith("kernels") else "lora" if rank[room] >= 9 or room == "plan" else "x"
+        p.box(x - w / 2, y, w, h, "paper", r=4)  # lines end behind it
+        p.box(x - w / 2, y, w, h, kind, r=4)
+        p.text(x, y + 17, room, "mono small", "middle")
+        p.text(x, y + 33, CAPTIONS[room], "small soft", "middle")
+    return p
+
+
+PICTURES: dict[str, Callable[[], Picture]] = {
+    "nf4-layout": layout,
+    "nf4-levels": density,
+    "fused-product": fused,
+    "lora-shapes": lora,
+    "pages": pages,
+    "rooms": architecture,
+}
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in PICTURES.items():
+        draw().save(folder / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "pictures")
