@@ -39,8 +39,8 @@ REFUSED = ("amsgrad", "maximize", "capturable", "differentiable")
 class PagedAdamW(torch.optim.Optimizer):
     r"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) whose states move to host memory when the device runs out.
 
-    m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
-    p <- p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+        m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
+        p <- p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
     Parameters, states and `state_dict` are those of `torch.optim.AdamW`, bit for bit, wherever the states live, so a state dict
     goes from either to the other. It is a `torch.optim.Optimizer`: groups, schedulers, `clip_grad_norm_`, hooks and closures work.
@@ -137,7 +137,7 @@ class PagedAdamW(torch.optim.Optimizer):
                 return self._desks(trained, fresh), fresh
             except torch.OutOfMemoryError as error:
                 reason = str(error)
-            # Out of the handler, whose traceback holds on to what was allocated.
+            fresh = {}  # with the handler's traceback gone too, nothing holds on to what was allocated
             self._make_room(reason)
 
     def _new_state(self, p: Tensor, to_host: bool) -> State:

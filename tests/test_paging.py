@@ -1,5 +1,8 @@
 """Pages: how they are cut, what is reported, and where host memory comes from."""
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -89,3 +92,26 @@ def test_pinned_memory_that_cannot_be_had_is_pageable_and_says_so_once(monkeypat
         states = [lane.host_like(torch.ones(4, 3).T) for _ in range(2)]
     assert len(caught) == 1
     assert all(s.shape == (3, 4) and s.stride() == (1, 3) and s.device.type == "cpu" for s in states)
+
+
+def test_states_of_a_try_that_failed_are_gone_before_the_next_one(monkeypatch: pytest.MonkeyPatch, allocator: Any) -> None:
+    """Or a step that halves its pages would hold the new states twice, and the host run out."""
+    layer = nn.Linear(30, 10)
+    optimizer = PagedAdamW(layer.parameters(), page="always")
+    layer(torch.ones(1, 30)).sum().backward()
+    made, alive, new_state, make_room = [], [], PagedAdamW._new_state, PagedAdamW._make_room
+
+    def remember(self: PagedAdamW, *args: Any) -> Any:
+        state = new_state(self, *args)
+        made.append(weakref.ref(state["exp_avg"]))
+        return state
+
+    def count(self: PagedAdamW, reason: str) -> None:
+        alive.append(sum(state() is not None for state in made))
+        make_room(self, reason)
+
+    monkeypatch.setattr(PagedAdamW, "_new_state", remember)
+    monkeypatch.setattr(PagedAdamW, "_make_room", count)
+    with allocator(lambda k: k in (6, 14)):
+        optimizer.step()
+    assert len(made) >= 4 and alive == [0, 0]
