@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minilora
 
-.PHONY: demo test notebooks test-gpu test-triton-matrix lint soak bench bench-gpu clean help
+.PHONY: demo test notebooks docs docs-serve test-site test-gpu test-triton-matrix lint soak bench bench-gpu clean help
 
 help:
 	@echo "make demo   fine-tune a small language model on this machine, about five minutes; writes runs/demo/"
 	@echo "make test   lint, types and every test"
 	@echo "make notebooks           run the notebooks and compare what they print with what is stored in them"
+	@echo "make docs        build the documentation into site/, strictly, and test it in a browser; make docs-serve shows it"
 	@echo "make test-gpu            the tests of Triton kernels on the GPU of this machine, not in the interpreter"
 	@echo "make test-triton-matrix  the same in the interpreter, and the compile gate, on triton 3.6.0 and the newest; outside CI"
 	@echo "make bench-gpu           speed of the Triton kernels against bitsandbytes and cuBLAS; says so where there is no GPU"
@@ -26,6 +27,19 @@ test: .venv/dev .venv/demo lint
 notebooks: .venv/dev .venv/demo
 	@echo "== notebooks"
 	OMP_NUM_THREADS=2 $(BIN)/pytest -q -m notebook tests/test_notebooks.py
+
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
+docs: .venv/docs
+	@echo "== documentation"
+	$(MKDOCS) build --strict
+	$(MAKE) --no-print-directory test-site
+
+docs-serve: .venv/docs
+	$(MKDOCS) serve
+
+test-site: .venv/docs
+	$(BIN)/pytest -q -m site tests/test_site.py
 
 test-gpu: .venv/dev
 	TRITON_INTERPRET=0 $(BIN)/pytest -q tests/test_gpu_nf4.py tests/test_gpu_products.py tests/test_gpu_card.py tests/test_paging_gpu.py
@@ -78,5 +92,10 @@ bench-gpu: .venv/dev
 	@PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[dev]'
 	@touch $@
 
+.venv/docs: .venv/python pyproject.toml
+	@echo "== install what the documentation is built and tested with"
+	@PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -325,7 +325,7 @@ def finetune(config: FinetuneConfig) -> Result:
     that was not.
 
     Returns:
-        A `Result`: the trained model, its tokenizer, the loss on the hold-out before and after, and every `Step`.
+        A `Result` with the trained model, its tokenizer, the loss on the hold-out before and after, and every `Step`.
 
     Raises:
         ValueError, FileNotFoundError: from the config, the data or the model, or from what there is to resume, before anything

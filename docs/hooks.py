@@ -1,0 +1,216 @@
+"""How the repository becomes a site, in the places where MkDocs would not see it by itself.
+
+MkDocs makes pages of `docs/`. Most of what is worth reading lies elsewhere, where people look for it in a repository: README.md,
+the notebooks, kernels/README.md, the source itself. Nothing is copied and nothing is written twice: `on_files` adds each as a page
+in memory (`File.generated`), a notebook by way of nbconvert, its pictures as files.
+
+Links are written for a reader of the repository, from file to file (`../kernels/reference/nf4.py`). One function, `place`, says
+where a file of the repository stands in the site, and `Links` rewrites every link of every page by it. A source file, or a folder,
+gets a page because something links to it. What exists nowhere has no page, MkDocs says so, and `mkdocs build --strict` fails.
+
+Two more: patterns in the navigation (`on_config`), and `Docstrings`, by which mkdocstrings reads our docstrings.
+"""
+
+import importlib.metadata
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from xml.etree.ElementTree import Element
+
+import griffe
+from markdown import Markdown
+from markdown.extensions import Extension
+from markdown.treeprocessors import Treeprocessor
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "kernels/README.md": "kernels/formulas.md",
+}
+FENCE = "~" * 10  # longer than any in what it encloses
+HIDDEN = "---\nhide: [navigation, toc]\nsearch: { exclude: true }\n---\n\n"  # found by links alone; room for long lines
+
+
+# ---- places and links
+
+
+def place(path: str) -> str:
+    """Where the file or folder `path` of the repository stands in the site, as MkDocs names its sources."""
+    first, _, rest = path.partition("/")
+    if path in PAGES:
+        return PAGES[path]
+    if first == "docs" and not path.endswith(".py"):
+        return rest
+    if first == "notebooks" and path.endswith(".ipynb"):
+        return f"tutorials/{Path(path).stem.partition('-')[2]}.md"  # 4-double-quantization: the number orders and names nothing
+    if first == "notebooks":
+        return f"tutorials/{rest}"
+    return f"source/{path}/index.md" if (ROOT / path).is_dir() else f"source/{path}.md"
+
+
+def target(link: str, origin: str) -> str:
+    """The path in the repository that a link in the file `origin` names; "" if it is none: a URL, an anchor of the same page."""
+    url = urlsplit(link)
+    if url.scheme or url.netloc or not url.path or url.path.startswith("/"):
+        return ""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(origin), url.path))
+
+
+class Links(Treeprocessor, Extension):
+    """Rewrites the links of a page from places in the repository to places in the site, before MkDocs looks at them."""
+
+    def __init__(self) -> None:
+        Treeprocessor.__init__(self)
+        Extension.__init__(self)
+        self.origins: dict[str, str] = {}  # page -> the file in the repository
+        self.page = ""
+
+    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+        md.treeprocessors.register(self, "places", 5)  # after the inline patterns (20), before MkDocs' own check (0)
+
+    def run(self, root: Element) -> None:
+        origin = self.origins.get(self.page)
+        for element, key in ((e, key) for e in root.iter() for key in ("href", "src") if origin and e.get(key)):
+            link = element.get(key, "")
+            path = target(link, str(origin))
+            if path:
+                anchor = "#" + urlsplit(link).fragment if urlsplit(link).fragment else ""
+                element.set(key, posixpath.relpath(place(path), posixpath.dirname(self.page) or ".") + anchor)
+
+
+LINKS = Links()
+
+
+# ---- pages
+
+
+def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
+    """A stored notebook as Markdown, and its pictures: file name -> content."""
+    slug = Path(place(path.relative_to(ROOT).as_posix())).stem
+    exporter = MarkdownExporter(raw_template=TEMPLATE.replace("FENCE", FENCE))
+    text, resources = exporter.from_filename(str(path), {"unique_key": "output", "output_files_dir": slug})
+    return text, {Path(name).name: content for name, content in resources.get("outputs", {}).items()}
+
+
+TEMPLATE = """
+{%- extends 'markdown/index.md.j2' -%}
+{% block input %}
+FENCE python
+{{ cell.source }}
+FENCE
+{% endblock input %}
+{% block stream %}{{ printed(output.text) }}{% endblock stream %}
+{% block data_text scoped %}{{ printed(output.data['text/plain']) }}{% endblock data_text %}
+{% block data_html scoped %}
+<div class="output" markdown="0">
+{{ output.data['text/html'] }}
+</div>
+{% endblock data_html %}
+{% block data_png %}
+![What the cell above draws]({{ output.metadata.filenames['image/png'] | path2url }})
+{% endblock data_png %}
+{%- macro printed(text) %}
+FENCE { .text .output .no-copy }
+{{ text.rstrip() | strip_ansi }}
+FENCE
+{% endmacro -%}
+"""
+
+
+def source(path: Path) -> str:
+    """A source file as a page: its lines, numbered and highlighted."""
+    language = {".py": "python", ".json": "json", ".toml": "toml"}.get(path.suffix, "text")
+    name = path.relative_to(ROOT).as_posix()
+    return f'{HIDDEN}# {name}\n\n{FENCE} {{ .{language} linenums="1" }}\n{path.read_text().rstrip()}\n{FENCE}\n'
+
+
+def folder(path: Path) -> str:
+    """A folder as a page: a list of its files."""
+    here = path.relative_to(ROOT).as_posix()
+    rows = [f"* [{p.name}]({posixpath.relpath(place(f'{here}/{p.name}'), f'source/{here}')})" for p in contents(path)]
+    return f"{HIDDEN}# {here}/\n\n" + "\n".join(rows) + "\n"
+
+
+def contents(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+
+
+def linked(texts: dict[str, str]) -> Iterator[Path]:
+    """The source files and folders that these files of the repository link to. A pattern will do: what is no file has no page."""
+    for origin, text in texts.items():
+        for link in re.findall(r"\]\(\s*<?([^)>#\s]+)", text):
+            path = target(link, origin)
+            if path and not path.startswith("..") and (ROOT / path).exists() and place(path).startswith("source/"):
+                yield ROOT / path
+                if (ROOT / path).is_dir():
+                    yield from (p for p in contents(ROOT / path) if place(p.relative_to(ROOT).as_posix()).startswith("source/"))
+
+
+def mathjax() -> bytes:
+    """MathJax in one file, which asks for no other, out of a package that brings it along."""
+    files = importlib.metadata.files("sphinx-mathjax-offline") or []
+    (path,) = [f for f in files if f.name == "tex-svg.js"]
+    return Path(str(path.locate())).read_bytes()
+
+
+# ---- what MkDocs calls
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Patterns in the navigation become the pages of the files that they match."""
+
+    def expand(entry: Any) -> Any:
+        if isinstance(entry, list):
+            return [expand(e) for e in entry]
+        if isinstance(entry, dict):
+            return {title: expand(e) for title, e in entry.items()}
+        return [place(p.relative_to(ROOT).as_posix()) for p in sorted(ROOT.glob(entry))] if "*" in entry else entry
+
+    config.nav = expand(config.nav)
+    config.markdown_extensions.append(LINKS)  # type: ignore[arg-type]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Adds the pages that do not lie in docs/, and what they show."""
+
+    def add(uri: str, content: str | bytes, inclusion: InclusionLevel = InclusionLevel.INCLUDED) -> None:
+        files.append(File.generated(config, uri, content=content, inclusion=inclusion))
+
+    texts = {f"docs/{f.src_uri}": f.content_string for f in files.documentation_pages()}
+    for name in PAGES:
+        texts[name] = (ROOT / name).read_text()
+        add(place(name), texts[name])
+    for path in sorted(ROOT.glob("notebooks/*.ipynb")):
+        name = path.relative_to(ROOT).as_posix()
+        texts[name], pictures = notebook(path)
+        add(place(name), texts[name])
+        for picture, content in pictures.items():
+            add(f"{place(name).removesuffix('.md')}/{picture}", content)
+    for path in sorted(set(linked(texts))):
+        text = folder(path) if path.is_dir() else source(path)
+        add(place(path.relative_to(ROOT).as_posix()), text, InclusionLevel.NOT_IN_NAV)
+    add("javascripts/tex-svg.js", mathjax())
+    LINKS.origins = {place(name): name for name in texts}
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> None:
+    LINKS.page = page.file.src_uri
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]  # a list of one
+
+
+class Docstrings(griffe.Extension):
+    """`Example:` of our docstrings is `Examples:` to mkdocstrings, which then shows a session of Python as one."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
