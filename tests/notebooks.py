@@ -1,5 +1,6 @@
 """Runs the notebooks: `python tests/notebooks.py` runs them all and stores their outputs; tests/test_notebooks.py compares."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -21,7 +22,9 @@ def paths() -> list[Path]:
 def execute(path: Path, where: Path) -> Any:
     """The notebook with the outputs of a fresh run, in the working directory `where`. An error in a cell is raised."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=LIMIT, kernel_name="python3", resources={"metadata": {"path": str(where)}}).execute()
+    quiet = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # transformers' bars are for who waits, not for who reads
+    client = NotebookClient(notebook, timeout=LIMIT, kernel_name="python3", resources={"metadata": {"path": str(where)}})
+    client.execute(env=quiet)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when it ran: another with every run
     return notebook
