@@ -214,9 +214,12 @@ def draw(history: list[Step], report: Report, path: Path) -> None:
         (report.base_loss, "held out: unquantized base", "--"),
         (report.tuned_loss, "held out: fine-tuned", "-"),
     ):
-        curve.axhline(value, color="tab:red", linestyle=style, linewidth=1.2, label=f"{label}, {value:.2f}")
+        curve.axhline(value, color="tab:red", linestyle=style, linewidth=1.2)
+        curve.annotate(
+            f"{label} {value:.2f}", (1, value), (0, 3), curve.get_yaxis_transform(), "offset points", ha="right", fontsize=9
+        )
     curve.set(xlabel="step (8 commands each)", ylabel="nats a completion token", xlim=(1, max(2, len(history))))
-    curve.legend(fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.97), framealpha=1, edgecolor="none")
+    curve.legend(fontsize=9, loc="lower left", frameon=False)
     curve.spines[["top", "right"]].set_visible(False)
     words.axis("off")
     y = iter(0.97 - 0.074 * i for i in range(100))
