@@ -152,7 +152,7 @@ def merge(
 @app.command()
 def plan(
     model: Model,
-    r: Annotated[int, typer.Option(help="Rank.")] = 8,
+    r: Annotated[int, typer.Option(help="Rank.")] = 16,
     targets: Targets = "all-linear",
     quantize: Quantize = True,
 ) -> None:
@@ -160,7 +160,8 @@ def plan(
     from minilora.hf import DEMO_MODEL, demo_folder
     from minilora.plan import plan as run
 
-    print(run(demo_folder() if model == DEMO_MODEL else model, r, targets=_targets(targets), quantize=quantize))
+    source, in_nf4 = demo_folder() if model == DEMO_MODEL else model, "all-linear" if quantize else False
+    print(run(source, r, targets=_targets(targets), quantize=in_nf4))
 
 
 def _with_adapter(model: "nn.Module", adapter: str | None, quantize: bool) -> "nn.Module":

@@ -133,7 +133,7 @@ def _one_line(text: str, limit: int = 96) -> str:
 
 def run(out: str = "runs/demo", steps: int = 100, seed: int = 0) -> Report:
     """Runs the demo; writes the adapter, metrics.jsonl, demo.png and report.md to `out`."""
-    config = FinetuneConfig(DEMO_MODEL, "cheat", out, lr=1e-3, steps=steps, seed=seed, checkpointing=False)  # a third less time
+    config = FinetuneConfig(DEMO_MODEL, "cheat", out, lr=1e-3, steps=steps, seed=seed, checkpointing=False)  # faster
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     to_learn, held_out = split(read_sheets(), seed)

@@ -42,8 +42,9 @@ class PagedAdamW(torch.optim.Optimizer):
         m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
         p <- p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-    Parameters, states and `state_dict` are those of `torch.optim.AdamW`, bit for bit, wherever the states live, so a state dict
-    goes from either to the other. It is a `torch.optim.Optimizer`: groups, schedulers, `clip_grad_norm_`, hooks and closures work.
+    Parameters, states and `state_dict` are those of `torch.optim.AdamW`, bit for bit (tested on the CPU), wherever the states live,
+    so a state dict goes from either to the other. It is a `torch.optim.Optimizer`: groups, schedulers, `clip_grad_norm_` and hooks
+    work.
 
     Args:
         params: parameters or groups, floating point, dense, of any shape; states have their dtype.

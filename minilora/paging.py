@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 ALIGN = 64  # elements: every piece starts on a cache line and on a whole vector
-LARGEST_PAGE = 64 * 2**20  # bytes of both states: 3 ms of PCIe, next to which a launch is nothing
+LARGEST_PAGE = 64 * 2**20  # bytes of both states: 2 ms of PCIe 4.0 at its peak, next to which a launch is nothing
 SMALLEST_PAGE = 2**16  # below this a device has other troubles than the optimizer
 
 Pairs = Iterable[tuple[Tensor, Tensor]]  # (target, source) of copies

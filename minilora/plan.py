@@ -116,7 +116,7 @@ def plan(
     targets: Targets = "all-linear",
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     train_also: Sequence[str] = (),
-    quantize: bool = True,
+    quantize: bool | Targets = True,
     block_size: int = 64,
     double_quant: bool = True,
 ) -> Plan:
@@ -126,7 +126,8 @@ def plan(
         model: a module, on any device (the meta device too); a transformers config; or a folder or hub name, of which the config
             alone is read.
         r, alpha, targets, exclude, train_also: as for `inject`.
-        quantize: the base in NF4; False: as it is.
+        quantize: the layers with an adapter in NF4; False: the base as it is; targets of its own: those in NF4, whatever has an
+            adapter (`finetune` quantizes "all-linear").
         block_size, double_quant: as for `quantize`.
 
     Raises:
@@ -146,20 +147,23 @@ def plan(
     check_bare(model)
     tied = tied_names(model)
     size = {"quantized": 0, "dense": sum(p.nbytes for p in model.parameters())}
+    in_nf4 = {} if quantize is False else chosen if quantize is True else resolve(model, quantize, exclude)
     rows = []
-    for name, site in chosen.items():
+    for name, site in (chosen | in_nf4 | sites(model, (NF4Linear,))).items():
         layer = site.layer
-        check_site(name, site)
-        check_adapter(layer, r, alpha, 0.0, name)
-        n = layer.in_features * layer.out_features
+        if name in chosen:
+            check_site(name, site)
+            check_adapter(layer, r, alpha, 0.0, name)
         nbytes: int = layer.weight.nbytes
-        if quantize:
+        if name in in_nf4:
             check_untied(name, site, tied)
-        if isinstance(layer, NF4Linear) or quantize:
+        if isinstance(layer, NF4Linear) or name in in_nf4:
             size["dense"] -= nbytes
-            nbytes = layer.weight.nbytes if isinstance(layer, NF4Linear) else nf4_bytes(n, block_size, double_quant)
+            if not isinstance(layer, NF4Linear):
+                nbytes = nf4_bytes(layer.in_features * layer.out_features, block_size, double_quant)
             size["quantized"] += nbytes
-        rows.append(Row(name, layer.out_features, layer.in_features, r * (layer.in_features + layer.out_features), nbytes))
+        if name in chosen:
+            rows.append(Row(name, layer.out_features, layer.in_features, r * (layer.in_features + layer.out_features), nbytes))
     adapters = sum(row.adapter_parameters for row in rows)
     also = parameters_named(model, train_also)
     trainable = adapters + sum(p.numel() for p in also)
@@ -169,7 +173,7 @@ def plan(
     return Plan(
         model=title,
         r=r,
-        quantize=quantize,
+        quantize=bool(in_nf4),
         rows=tuple(rows),
         left_out=tuple(name for name in sites(model, LINEAR) if name not in chosen),
         parameters=_count(model),

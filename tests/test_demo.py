@@ -53,7 +53,7 @@ def test_two_steps_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     report = demo.run(str(tmp_path), steps=2)
     assert report.reloaded == 0.0  # the adapter from its file gives the trained model's logits, bit for bit
     assert report.base_loss < report.nf4_loss  # what the four bits cost; two steps do not yet win it back
-    assert abs(report.merged_loss - report.tuned_loss) < 0.05  # merging rounds to bfloat16: 2^-9 of each weight
+    assert abs(report.merged_loss - report.tuned_loss) < 0.05  # merging rounds to bfloat16: at most 2^-8 of a weight
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 16
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

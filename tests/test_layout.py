@@ -224,8 +224,8 @@ SURFACE = {
     "nf4_linear": "(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor",
     "plan": (
         "(model: Module | Any, r: int = 8, *, alpha: float | None = None, targets: Targets = 'all-linear', "
-        "exclude: Sequence[str] = ('lm_head',), train_also: Sequence[str] = (), quantize: bool = True, "
-        "block_size: int = 64, double_quant: bool = True) -> Plan"
+        "exclude: Sequence[str] = ('lm_head',), train_also: Sequence[str] = (), "
+        "quantize: bool | Targets = True, block_size: int = 64, double_quant: bool = True) -> Plan"
     ),
     "quantize": (
         "(model: ~Model, targets: Targets = 'all-linear', *, exclude: Sequence[str] = ('lm_head',), "

@@ -2,6 +2,9 @@
 
 import importlib
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -66,6 +69,19 @@ def test_published_digits_follow_bit_for_bit_from_probabilities_in_float32() -> 
 def test_map8_is_the_dynamic_map_of_bitsandbytes_in_256_ascending_values(bnb: Any) -> None:
     assert (reference.MAP8.diff() > 0).all() and same(reference.MAP8, bnb.create_dynamic_map(signed=True).float())
     assert reference.MAP8.shape == (256,)
+
+
+def test_the_8_bit_map_has_the_same_bits_on_a_processor_without_vector_instructions() -> None:
+    """Or bytes that were quantized on one machine would decode to other weights on another."""
+    code = "from minilora.kernels.reference import nf4; import torch; print(nf4.MAP8.view(torch.int32).tolist())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(reference.MAP8.view(torch.int32).tolist())
 
 
 @pytest.mark.parametrize("code", [reference.CODE, reference.MAP8], ids=["nf4", "map8"])

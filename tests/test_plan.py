@@ -172,6 +172,23 @@ def test_a_plan_changes_nothing(train: bool) -> None:
         assert torch.equal(p, old_p) and p.requires_grad == old_p.requires_grad
 
 
+@pytest.mark.parametrize("already", [False, True])
+def test_what_is_quantized_may_be_more_than_what_has_an_adapter(already: bool) -> None:
+    """As `finetune` does it: the base in NF4 whole, adapters on the targets alone."""
+    model = mlp()
+    if already:
+        minilora.quantize(model, "all-linear")
+    plan = minilora.plan(model, r=2, targets=["up"], quantize="all-linear")
+    if not already:
+        minilora.quantize(model, "all-linear")
+    minilora.inject(model, r=2, targets=["up"])
+    packed = [m for m in model.modules() if isinstance(getattr(m, "weight", None), minilora.NF4Weight)]
+    assert len(packed) == 2 and [row.name for row in plan.rows] == ["up"]
+    assert plan.bytes["quantized"] == sum(m.weight.nbytes for m in packed)
+    adapters = sum(p.nbytes for p in minilora.adapter_parameters(model))
+    assert plan.bytes["dense"] == sum(p.nbytes for p in model.parameters()) - plan.bytes["quantized"] - adapters
+
+
 def test_a_plan_prints_as_a_table() -> None:
     model = nn.ModuleDict({"a": mlp(), "b": mlp()})
     plan = minilora.plan(model, r=4)

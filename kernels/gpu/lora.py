@@ -2,9 +2,10 @@ r"""The LoRA layer over an NF4 base on a GPU: the functions of reference/lora.py
 
     y = x W^T + bias + s z B^T,   z = x A^T            dx = dy W + s u A,   u = dy B
 
-The low-rank term is added where the base product is at hand, in the accumulator of a tile or in the last sum of the skinny path,
-or W and s B are multiplied side by side: a product of its own would read and write all of y once more, which at 4096 rows takes
-longer than decoding W. z [M, r] and u [M, r] are small products that the gradients of A and B need as well.
+The low-rank term is added in the accumulator of a tile, in the last sum of the skinny path, or, on the dense path where y is wider
+than x, with W and s B multiplied side by side. A product of its own reads and writes all of y once more, which at 4096 rows moves
+more bytes than decoding W; the dense path pays that for a square W. z [M, r] and u [M, r] are small products that the gradients of
+A and B need as well.
 """
 
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ Three paths, and `choose.py` says which for how many rows of x:
 * **dense**, more rows: W is decoded once into a scratch and cuBLAS multiplies. The scratch is a block of PyTorch's caching
   allocator: reused from call to call, never shared between streams, and allowed in a CUDA graph.
 
-A low-rank term s z B^T (see lora.py) is added in the same pass over y.
+A low-rank term s z B^T is added in the same pass over y where that pays (see lora.py).
 
 Dimension letters: M rows of x, I in_features, O out_features, r rank; BM, BO, BI, BR the sides of a tile.
 """

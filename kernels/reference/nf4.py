@@ -47,7 +47,7 @@ NF4 = (
 def derive_nf4() -> Tensor:
     r"""Returns the 16 NF4 levels, float64 [16], from the normal distribution.
 
-    A level is a quantile: equally many weights of a Gaussian block fall to each. An even number of quantiles has no zero,
+    A level is a quantile of the normal distribution. An even number of quantiles has no zero,
     and a weight of zero must stay zero, so QLoRA (section 3, equation 4) joins two halves that share it: 8 quantiles at
     equal steps of probability for the positive side, 7 for the negative,
 
@@ -79,10 +79,19 @@ def derive_map8() -> Tensor:
     """
     values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for i in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**i + 1, dtype=torch.float32)
+        edges = _edges(2**i)
         decade = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
         values += [decade, -decade]
     return torch.cat(values).sort().values
+
+
+def _edges(parts: int) -> Tensor:
+    """[0.1, 1] in equal parts, float32 [parts + 1]. `torch.linspace` rounds otherwise where a processor has no fused multiply-add;
+    float64 rounded once gives every processor the bits of those that have it."""
+    i = torch.arange(parts + 1, dtype=torch.float64)
+    start = torch.tensor(0.1, dtype=torch.float32).double()
+    step = ((1 - start).float() / parts).double()
+    return torch.where(i < (parts + 1) // 2, start + step * i, 1 - step * (parts - i)).float()
 
 
 with torch.device("cpu"):  # whatever the caller's default device is while this is imported
