@@ -1,8 +1,12 @@
-"""The README's badges and line counts, from what they claim: `python tests/readme.py` writes them, a test compares."""
+"""The README's badges and line counts and the page of commands, from what they claim.
+
+`python tests/readme.py` writes them, tests/test_readme.py compares.
+"""
 
 import re
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import test_layout
 
@@ -13,6 +17,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+COMMANDS = ROOT / "docs" / "reference" / "command-line.md"
 FOLDER = ROOT / "docs" / "badges"
 GREY, BLUE, GREEN, ORANGE = "#555", "#2b6cb0", "#2f855a", "#b7791f"
 NOT_RUN = "GPU path not yet run on a card"  # until benchmarks.md no longer says so
@@ -57,7 +62,28 @@ def lines(path: Path) -> int:
     return sum(len(p.read_text().splitlines()) for p in ([path] if path.is_file() else path.glob("*.py")))
 
 
+def commands() -> str:
+    """The page of the command line: every command with its flags, as typer has them."""
+    import typer
+
+    from minilora.cli import app
+
+    found: Any = typer.main.get_command(app)
+    source = "Source: [cli.py](../../minilora/cli.py)."
+    text = (
+        f"# The command line\n\n`minilora COMMAND --help` prints the same. An error is one line that names the way out. {source}\n"
+    )
+    for name, command in found.commands.items():
+        text += f"\n## minilora {name}\n\n{command.help}\n\n| flag | default | |\n|---|---|---|\n"
+        for flag in command.params:
+            names = " / ".join(f"`{n}`" for n in (*flag.opts, *flag.secondary_opts))
+            default = "required" if flag.required else "" if flag.default is None else f"`{flag.default}`"
+            text += f"| {names} | {default} | {flag.help} |\n"
+    return text
+
+
 def main() -> None:
+    COMMANDS.write_text(commands())
     README.write_text(counted(README.read_text()))
     FOLDER.mkdir(exist_ok=True)
     for name, svg in badges().items():

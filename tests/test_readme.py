@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import readme
 
 TEXT = readme.README.read_text()
@@ -21,3 +22,8 @@ def test_the_line_counts_are_those_of_today() -> None:
 def test_every_link_of_the_readme_leads_somewhere() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", TEXT)
     assert len(links) > 20 and [link for link in links if not (readme.ROOT / link).exists()] == []
+
+
+def test_the_page_of_commands_has_every_flag_as_it_is() -> None:
+    pytest.importorskip("typer", reason="the command line is made with typer")
+    assert readme.COMMANDS.read_text() == readme.commands(), "python tests/readme.py"
