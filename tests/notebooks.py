@@ -24,7 +24,8 @@ def execute(path: Path, where: Path) -> Any:
     """The notebook with the outputs of a fresh run, in the working directory `where`. An error in a cell is raised."""
     notebook = nbformat.read(path, as_version=4)
     quiet = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # transformers' bars are for who waits, not for who reads
-    client = NotebookClient(notebook, timeout=LIMIT, kernel_name="python3", resources={"metadata": {"path": str(where)}})
+    where_it_runs = {"metadata": {"path": str(where)}}
+    client = NotebookClient(notebook, timeout=LIMIT, kernel_name="python3", resources=where_it_runs, coalesce_streams=True)
     client.execute(env=quiet)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when it ran: another with every run
