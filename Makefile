@@ -1,4 +1,4 @@
-# Two commands do everything on a machine that has Python >= 3.10, pip and make:  make demo,  make test
+# Three commands do everything on a machine that has Python >= 3.10, pip and make:  make demo,  make test,  make docs
 PYTHON ?= python3
 BIN := .venv/bin
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minilora

@@ -1,4 +1,4 @@
-"""Draws docs/pictures/*.svg:  python docs/draw.py [folder]. Plain Python; what is drawn is computed, or read from the sources."""
+"""Draws docs/pictures/*.svg:  python docs/draw.py [folder]. What is drawn is computed, or read from the sources."""
 
 import random
 import sys
@@ -13,27 +13,15 @@ sys.path.insert(0, str(HERE))
 from rooms import CAPTIONS, COLUMNS, arrows, ranks  # noqa: E402
 from svg import Picture  # noqa: E402
 
+from minilora.kernels.reference.nf4 import NF4  # noqa: E402
+
 WIDE = 720
 GAUSS = NormalDist()
-
-# ---- NF4, from its definition: kernels/reference/nf4.py derives the same with torch
-
-
-def levels() -> list[float]:
-    """The 16 levels: 8 quantiles for the positive half, 7 for the negative, zero between them, divided by the largest."""
-
-    def half(count: int) -> list[float]:
-        outermost = 0.9677083
-        return [GAUSS.inv_cdf(outermost - i * (outermost - 0.5) / count) for i in range(count)]
-
-    whole = sorted([-q for q in half(7)] + [0.0] + half(8))
-    return [q / whole[-1] for q in whole]
 
 
 def code_of(y: float) -> int:
     """The number of thresholds, half way between neighbouring levels, below y."""
-    found = levels()
-    return sum(y > (a + b) / 2 for a, b in pairwise(found))
+    return sum(y > (a + b) / 2 for a, b in pairwise(NF4))
 
 
 # ---- the pictures
@@ -108,25 +96,24 @@ def layout() -> Picture:
 def density() -> Picture:
     """The levels under the density whose quantiles they are."""
     p = Picture(WIDE, 330, "The 16 NF4 levels on the density of the normal distribution")
-    found = levels()
     outermost = GAUSS.inv_cdf(0.9677083)  # standard deviations that lie at the level 1
     middle, unit, foot, high = 382.0, 286.0, 250.0, 190.0
 
     def at(y: float) -> tuple[float, float]:
         return middle + unit * y, foot - high * GAUSS.pdf(outermost * y) / GAUSS.pdf(0)
 
-    edges = [-1.12, *((a + b) / 2 for a, b in pairwise(found)), 1.12]
+    edges = [-1.12, *((a + b) / 2 for a, b in pairwise(NF4)), 1.12]
     for code, (a, b) in enumerate(pairwise(edges)):
         curve = [at(a + (b - a) * i / 24) for i in range(25)]
         p.area([(curve[0][0], foot), *curve, (curve[-1][0], foot)], "x" if code % 2 else "code")
-    for code, y in enumerate(found):
+    for code, y in enumerate(NF4):
         x, top = at(y)
         p.line([(x, foot), (x, top)], "ink", 1.6)
         p.text(x, foot + 18, str(code), "mono small", "middle")
     p.line([(12, foot), (WIDE - 12, foot)])
     p.text(14, foot + 18, "code", "small soft")
     for code in (0, 3, 7, 11, 15):
-        p.text(at(found[code])[0], foot + 38, f"{found[code]:.3f}", "mono small soft", "middle")
+        p.text(at(NF4[code])[0], foot + 38, f"{NF4[code]:.3f}", "mono small soft", "middle")
     p.text(14, foot + 38, "level", "small soft")
     p.text(16, 30, "a line is a level, a stripe the values that are rounded to it", "head")
     p.text(16, 54, "7 steps of equal probability", "small soft")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minilora.kernels.reference import lora as reference
 from minilora.modules import LoRALinear, NF4Linear
-from minilora.show import Table, plot
+from minilora.show import Table, alike, plot
 from minilora.surgery import Model, adapted, route, tied_names
 from minilora.targets import Site
 from minilora.weight import NF4Weight, quantize_nf4
@@ -101,16 +101,15 @@ def _update(layer: LoRALinear) -> Tensor:
     return layer.scale * (layer.lora_B.detach().float() @ layer.lora_A.detach().float())
 
 
-def _requantized(layer: LoRALinear, old: NF4Weight) -> NF4Weight:
+def _requantized(merged: Tensor, old: NF4Weight) -> NF4Weight:
     """W + s B A, rounded to the dtype that the base is decoded to, quantized as the base was."""
-    return quantize_nf4(merged_weight(layer).to(old.dtype), old.block_size, old.absmax2 is not None)
+    return quantize_nf4(merged.to(old.dtype), old.block_size, old.absmax2 is not None)
 
 
-def _survival(layer: LoRALinear, new: Tensor | NF4Weight) -> float:
+def _survival(new: Tensor | NF4Weight, base: Tensor, update: Tensor) -> float:
     """<W' - W, s B A> / |s B A|^2: the share of the update that the new weight W' holds. 1 for an update of zero."""
-    update = _update(layer)
     size = float(update.square().sum())
-    return float(((_dense(new) - _dense(layer.weight)) * update).sum()) / size if size else 1.0
+    return float(((_dense(new) - base) * update).sum()) / size if size else 1.0
 
 
 @dataclass(frozen=True)
@@ -137,15 +136,12 @@ class MergeReport:
 
     def table(self) -> Table:
         """The layers, those of one name and size in one row: medians, and the worst."""
-        groups: dict[tuple[str, int, int], list[MergeRow]] = {}
-        for row in self.rows:
-            groups.setdefault((row.name.rpartition(".")[2], row.out_features, row.in_features), []).append(row)
         rows = []
-        for (name, o, i), layers in groups.items():
+        for kind, layers in alike(self.rows).items():
             kept = [row.nf4 for row in layers if row.nf4 is not None]
             nf4 = (f"{median(kept):.1%}", f"{min(kept):.1%}") if kept else ("", "")
             sizes = (f"{median(row.update for row in layers):.2%}", f"{median(row.dense for row in layers):.1%}")
-            rows.append((name, f"{o} x {i}", f"{len(layers)}", *sizes, *nf4))
+            rows.append((*kind, f"{len(layers)}", *sizes, *nf4))
         title = "What a merge keeps of the updates (medians)"
         return Table(title, ("layer", "out x in", "count", "update / W", "into dense", "into nf4", "at worst"), tuple(rows))
 
@@ -182,11 +178,11 @@ def merge_report(model: nn.Module) -> MergeReport:
     rows = []
     for name, site in _finite(model).items():
         layer = site.layer
-        old = layer.weight
-        dense = _survival(layer, merged_weight(layer).to(old.dtype))
-        nf4 = _survival(layer, _requantized(layer, old)) if isinstance(old, NF4Weight) else None
-        size = float(_update(layer).norm() / _dense(old).norm())
-        rows.append(MergeRow(name, layer.out_features, layer.in_features, size, dense, nf4))
+        old, update, merged = layer.weight, _update(layer), merged_weight(layer)
+        base = _dense(old)
+        dense = _survival(merged.to(old.dtype), base, update)
+        nf4 = _survival(_requantized(merged, old), base, update) if isinstance(old, NF4Weight) else None
+        rows.append(MergeRow(name, layer.out_features, layer.in_features, float(update.norm() / base.norm()), dense, nf4))
     return MergeReport(tuple(rows))
 
 
@@ -196,8 +192,8 @@ def _merge_nf4(found: dict[str, Site], min_survival: float) -> None:
     for name, site in found.items():
         if not isinstance(old := site.layer.weight, NF4Weight):
             raise ValueError(f"{name} has a dense base: merge(into='nf4') is for quantized ones, use into='dense'")
-        merged[name] = _requantized(site.layer, old)
-        survival[name] = _survival(site.layer, merged[name])
+        merged[name] = _requantized(merged_weight(site.layer), old)
+        survival[name] = _survival(merged[name], _dense(old), _update(site.layer))
     worst = sorted(survival, key=survival.__getitem__)[:5]
     report = ", ".join(f"{name} {survival[name]:.1%}" for name in worst) + f"; median {median(survival.values()):.1%}"
     if survival[worst[0]] < min_survival:

@@ -43,8 +43,8 @@ class PagedAdamW(torch.optim.Optimizer):
         p <- p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
     Parameters, states and `state_dict` are those of `torch.optim.AdamW`, bit for bit (tested on the CPU), wherever the states live,
-    so a state dict goes from either to the other. It is a `torch.optim.Optimizer`: groups, schedulers, `clip_grad_norm_` and hooks
-    work.
+    so a state dict goes from either to the other. It is a `torch.optim.Optimizer`: groups, schedulers, clipping, hooks and
+    closures work.
 
     Args:
         params: parameters or groups, floating point, dense, of any shape; states have their dtype.

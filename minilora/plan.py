@@ -9,7 +9,7 @@ from torch import nn
 
 from minilora.modules import NF4Linear, check_adapter
 from minilora.ops import GROUP
-from minilora.show import Table, stack
+from minilora.show import Table, alike, stack
 from minilora.surgery import check_bare, check_site, check_untied, parameters_named, tied_names
 from minilora.targets import DEFAULT_EXCLUDE, LINEAR, Targets, resolve, sites
 from minilora.weight import check_block_size
@@ -54,19 +54,10 @@ class Plan:
 
     def table(self) -> Table:
         """The layers, those of one name and size in one row."""
-        groups: dict[tuple[str, int, int], list[Row]] = {}
-        for row in self.rows:
-            groups.setdefault((row.name.rpartition(".")[2], row.out_features, row.in_features), []).append(row)
-        rows = [
-            (
-                name,
-                f"{o} x {i}",
-                f"{len(rows)}",
-                f"{sum(r.adapter_parameters for r in rows):,}",
-                amount(sum(r.base_bytes for r in rows)),
-            )
-            for (name, o, i), rows in groups.items()
-        ]
+        rows = []
+        for kind, layers in alike(self.rows).items():
+            adapters, base = sum(row.adapter_parameters for row in layers), sum(row.base_bytes for row in layers)
+            rows.append((*kind, f"{len(layers)}", f"{adapters:,}", amount(base)))
         below = [f"together {amount(self.total_bytes)}, and the activations"]
         if self.left_out:
             more = f" and {len(self.left_out) - 4} more" if len(self.left_out) > 4 else ""

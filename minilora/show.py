@@ -5,9 +5,10 @@ page's own colour, so they can be read on a light page and on a dark one.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Protocol, TypeVar
 
 WIDTH, HEIGHT = 560, 200  # of a picture, in pixels
 COLOURS = ("#3b7dd8", "#8a8f98", "#e08a2e", "#3fa66b", "#b05cc4")
@@ -41,17 +42,41 @@ class Table:
 
     def html(self, picture: str = "") -> str:
         """The table for a notebook; `picture` goes below it."""
-        head, *rows = (
-            "<tr>"
-            + "".join(
-                f'<{tag} style="text-align:{"right" if i else "left"};padding:2px 10px">{escape(cell)}</{tag}>'
-                for i, cell in enumerate(row)
-            )
-            for tag, row in (("th", self.head), *(("td", row) for row in self.rows))
-        )
         below = "".join(f"<div>{escape(line)}</div>" for line in self.below)
-        table = f"<table><thead>{head}</tr></thead><tbody>{'</tr>'.join(rows)}</tr></tbody></table>"
+        rows = "".join(_row("td", row) for row in self.rows)
+        table = f"<table><thead>{_row('th', self.head)}</thead><tbody>{rows}</tbody></table>"
         return f"<div><p><b>{escape(self.title)}</b></p>{table}{below}{picture}</div>"
+
+
+def _row(tag: str, cells: Sequence[str]) -> str:
+    sides = ("left", *["right"] * (len(cells) - 1))
+    shown = (
+        f'<{tag} style="text-align:{side};padding:2px 10px">{escape(cell)}</{tag}>' for side, cell in zip(sides, cells, strict=True)
+    )
+    return f"<tr>{''.join(shown)}</tr>"
+
+
+class Layer(Protocol):
+    """What the rows of a plan and of a merge report have in common."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+
+
+L = TypeVar("L", bound=Layer)
+
+
+def alike(layers: Iterable[L]) -> dict[tuple[str, str], list[L]]:
+    """The layers by (last part of the name, size "out x in"): a deep model has many of one kind, which make one row of a table."""
+    groups: dict[tuple[str, str], list[L]] = {}
+    for layer in layers:
+        kind = layer.name.rpartition(".")[2], f"{layer.out_features} x {layer.in_features}"
+        groups.setdefault(kind, []).append(layer)
+    return groups
 
 
 def stack(parts: Mapping[str, float], labels: Mapping[str, str]) -> str:

@@ -76,22 +76,23 @@ def byte_tokenizer() -> Callable[[str], Any]:
     return make
 
 
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # a Llama for tests
+
+
 @pytest.fixture
 def tiny_llama() -> Callable[..., Any]:
     """Returns a function that makes a small random Llama, the same for the same seed: 2 layers, hidden 64, two kv heads."""
     transformers = pytest.importorskip("transformers", reason="the language model in these tests is a transformers Llama")
 
     def make(tie_word_embeddings: bool = False, seed: int = 0) -> Any:
-        config = transformers.LlamaConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=128,
-            max_position_embeddings=64,
-            tie_word_embeddings=tie_word_embeddings,
-        )
+        tied = tie_word_embeddings
+        config = transformers.LlamaConfig(**SMALL, vocab_size=128, max_position_embeddings=64, tie_word_embeddings=tied)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return transformers.LlamaForCausalLM(config).eval()
@@ -114,11 +115,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Callable[[s
     byte_tokenizer(CHATML).save_pretrained(path)
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SMALL,
         vocab_size=258,
         tie_word_embeddings=True,
         initializer_range=0.2,  # a frozen head as small as 0.02 cannot be made to say anything

