@@ -29,14 +29,24 @@ def code_of(y: float) -> int:
 
 def layout() -> Picture:
     """Weights, codes, bytes, blocks, groups; and what each costs."""
-    p = Picture(WIDE, 560, "How an NF4 weight lies in memory: codes, bytes, blocks of 64, groups of 256 blocks")
+    p = Picture(
+        WIDE,
+        560,
+        "How an NF4 weight lies in memory: codes, bytes, blocks of 64, groups of 256 blocks",
+    )
     drawn = random.Random(29)
     block = [NormalDist(0, 0.02).inv_cdf(drawn.random()) for _ in range(64)]
     absmax = max(map(abs, block))
     shown = [0, 1, 2, 3, None, 62, 63]
     left, step = 150, 66
     p.text(16, 30, "one block: 64 weights that lie side by side", "head")
-    for y, label in ((62, "weight w"), (92, "w / absmax"), (122, "code, 0 to 15"), (158, "four bits"), (206, "byte")):
+    for y, label in (
+        (62, "weight w"),
+        (92, "w / absmax"),
+        (122, "code, 0 to 15"),
+        (158, "four bits"),
+        (206, "byte"),
+    ):
         p.text(16, y, label, "soft")
     for place, i in enumerate(shown):
         x = left + step * place
@@ -131,7 +141,14 @@ def density() -> Picture:
 
 
 def grid(
-    p: Picture, x: float, y: float, rows: int, columns: int, cell: tuple[float, float], kind: str, lit: set[tuple[int, int]]
+    p: Picture,
+    x: float,
+    y: float,
+    rows: int,
+    columns: int,
+    cell: tuple[float, float],
+    kind: str,
+    lit: set[tuple[int, int]],
 ) -> None:
     """A matrix of tiles, of which some are lit."""
     for r in range(rows):
@@ -142,7 +159,11 @@ def grid(
 
 def fused() -> Picture:
     """One product, by way of a dense weight and without one."""
-    p = Picture(WIDE, 470, "A product with a packed weight: by way of a dense copy, and tile by tile in registers")
+    p = Picture(
+        WIDE,
+        470,
+        "A product with a packed weight: by way of a dense copy, and tile by tile in registers",
+    )
 
     def lanes(y: float, title: str) -> None:
         p.text(16, y, title, "head")
@@ -214,16 +235,44 @@ def lora() -> Picture:
             label, size, kind = term.split(":")
             tall, wide = (side[s] for s in size.split(","))
             room = max(wide, 40)
-            p.box(x + (room - wide) / 2, y - tall / 2, wide, tall, kind, label if wide > 30 else "", "mono")
+            p.box(
+                x + (room - wide) / 2,
+                y - tall / 2,
+                wide,
+                tall,
+                kind,
+                label if wide > 30 else "",
+                "mono",
+            )
             if wide <= 30:
                 p.text(x + room / 2, y - 6 - tall / 2, label, "mono", "middle")
-            p.text(x + room / 2, y + 17 + tall / 2, f"[{size.replace(',', ', ')}]", "small soft", "middle")
+            p.text(
+                x + room / 2,
+                y + 17 + tall / 2,
+                f"[{size.replace(',', ', ')}]",
+                "small soft",
+                "middle",
+            )
             x += room + 6
 
     p.text(20, 30, "forward", "head")
-    row(108, ["y:M,O:", "= ", "x:M,I:x", "Wᵀ:I,O:w", "+ s", "x:M,I:x", "Aᵀ:I,r:lora", "Bᵀ:r,O:lora"])
+    row(
+        108, ["y:M,O:", "= ", "x:M,I:x", "Wᵀ:I,O:w", "+ s", "x:M,I:x", "Aᵀ:I,r:lora", "Bᵀ:r,O:lora"]
+    )
     p.text(20, 206, "backward", "head")
-    row(272, ["dx:M,I:", "= ", "dy:M,O:grad", "W:O,I:w", "+ s", "dy:M,O:grad", "B:O,r:lora", "A:r,I:lora"])
+    row(
+        272,
+        [
+            "dx:M,I:",
+            "= ",
+            "dy:M,O:grad",
+            "W:O,I:w",
+            "+ s",
+            "dy:M,O:grad",
+            "B:O,r:lora",
+            "A:r,I:lora",
+        ],
+    )
     row(404, ["dA:r,I:", "= s", "(", "dy:M,O:grad", "B:O,r:lora", ")ᵀ", "x:M,I:x"])
     row(536, ["dB:O,r:", "= s", "dyᵀ:O,M:grad", "(", "x:M,I:x", "Aᵀ:I,r:lora", ")"])
     x = 470
@@ -244,13 +293,20 @@ def lora() -> Picture:
 
 def pages() -> Picture:
     """Optimizer states on the host, visiting the device two pages at a time."""
-    p = Picture(WIDE, 380, "Paged optimizer states: two pages on the device, copies beside the update")
+    p = Picture(
+        WIDE, 380, "Paged optimizer states: two pages on the device, copies beside the update"
+    )
     p.text(16, 30, "where things live once the device has run out of memory", "head")
     p.text(16, 66, "host, pinned", "soft")
     left, w = 130.0, 78.0
     for i in range(7):
         p.box(left + i * w, 48, w - 4, 28, "lora" if i in (2, 3) else "w", f"page {i}", "small")
-    p.text(left, 94, "both states of all parameters, in pages of at most 64 MiB; small parameters share one", "small soft")
+    p.text(
+        left,
+        94,
+        "both states of all parameters, in pages of at most 64 MiB; small parameters share one",
+        "small soft",
+    )
     p.text(16, 146, "device", "soft")
     p.box(left, 124, 236, 34, "x", "parameters, gradients, activations", "small")
     p.box(left + 256, 124, 90, 34, "lora", "page slot", "small")
@@ -261,9 +317,26 @@ def pages() -> Picture:
     p.text(16, 240, "side stream", "soft")
     p.text(16, 288, "main stream", "soft")
     unit = 66.0
-    copies = [("in 0", 0), ("in 1", 1), ("out 0", 2), ("in 2", 3), ("out 1", 4), ("in 3", 5), ("out 2", 6), ("out 3", 7)]
+    copies = [
+        ("in 0", 0),
+        ("in 1", 1),
+        ("out 0", 2),
+        ("in 2", 3),
+        ("out 1", 4),
+        ("in 3", 5),
+        ("out 2", 6),
+        ("out 3", 7),
+    ]
     for label, at in copies:
-        p.box(left + at * unit, 222, unit - 4, 28, "code" if label.startswith("in") else "grad", label, "small")
+        p.box(
+            left + at * unit,
+            222,
+            unit - 4,
+            28,
+            "code" if label.startswith("in") else "grad",
+            label,
+            "small",
+        )
     for i, at in enumerate((1, 2, 4, 6)):
         p.box(left + at * unit, 270, unit - 4, 28, "lora", f"update {i}", "small")
     p.arrow((left, 318), (left + 8.4 * unit, 318))
@@ -282,26 +355,54 @@ def architecture() -> Picture:
     rank = ranks()
     pitch, gap, w, h = 62, 139, 128, 40
     top = max(rank.values())
-    p = Picture(WIDE, pitch * (top + 1) + 32, "The rooms of minilora; an arrow is an import, and all of them point down")
+    p = Picture(
+        WIDE,
+        pitch * (top + 1) + 32,
+        "The rooms of minilora; an arrow is an import, and all of them point down",
+    )
     column = {room: i for i, names in enumerate(COLUMNS) for room in names.split()}
-    place = {room: (82 + gap * column.get(room, 2), 28 + pitch * (top - r)) for room, r in rank.items()}
+    place = {
+        room: (82 + gap * column.get(room, 2), 28 + pitch * (top - r)) for room, r in rank.items()
+    }
     for room, to in arrows().items():
         for other in sorted(to):
             (x0, y0), (x1, y1) = place[room], place[other]
             style = "ink dash" if room == "ops" else "ink"
-            if rank[room] - rank[other] > 1 and x0 - x1 == gap:  # between two columns, past what stands there
+            if (
+                rank[room] - rank[other] > 1 and x0 - x1 == gap
+            ):  # between two columns, past what stands there
                 middle = x0 - gap / 2
-                p.arrow((x0 - w / 2, y0 + h / 2), (middle, y0 + h / 2), (middle, y1 + h / 2), (x1 + w / 2, y1 + h / 2), style=style)
-            elif x0 == x1 and any(x == x0 and y0 < y < y1 for x, y in place.values()):  # past what stands between them
+                p.arrow(
+                    (x0 - w / 2, y0 + h / 2),
+                    (middle, y0 + h / 2),
+                    (middle, y1 + h / 2),
+                    (x1 + w / 2, y1 + h / 2),
+                    style=style,
+                )
+            elif x0 == x1 and any(
+                x == x0 and y0 < y < y1 for x, y in place.values()
+            ):  # past what stands between them
                 side = x0 - w / 2 - 1.6 * (rank[room] - rank[other])
-                p.arrow((x0 - w / 2, y0 + h / 2), (side, y0 + h / 2), (side, y1 + h / 2), (x1 - w / 2, y1 + h / 2), style=style)
+                p.arrow(
+                    (x0 - w / 2, y0 + h / 2),
+                    (side, y0 + h / 2),
+                    (side, y1 + h / 2),
+                    (x1 - w / 2, y1 + h / 2),
+                    style=style,
+                )
             elif x0 == x1:
                 p.arrow((x0, y0 + h), (x1, y1), style=style)
             else:
                 turn = y1 - 12 if room.startswith("kernels") else y0 + h + 10
                 p.arrow((x0, y0 + h), (x0, turn), (x1, turn), (x1, y1), style=style)
     for room, (x, y) in place.items():
-        kind = "code" if room.startswith("kernels") else "lora" if rank[room] >= 9 or room == "plan" else "x"
+        kind = (
+            "code"
+            if room.startswith("kernels")
+            else "lora"
+            if rank[room] >= 9 or room == "plan"
+            else "x"
+        )
         p.box(x - w / 2, y, w, h, "paper", r=4)  # lines end behind it
         p.box(x - w / 2, y, w, h, kind, r=4)
         p.text(x, y + 17, room, "mono small", "middle")

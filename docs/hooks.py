@@ -75,16 +75,23 @@ class Links(Treeprocessor, Extension):
         self.page = ""
 
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
-        md.treeprocessors.register(self, "places", 5)  # after the inline patterns (20), before MkDocs' own check (0)
+        md.treeprocessors.register(
+            self, "places", 5
+        )  # after the inline patterns (20), before MkDocs' own check (0)
 
     def run(self, root: Element) -> None:
         origin = self.origins.get(self.page)
-        for element, key in ((e, key) for e in root.iter() for key in ("href", "src") if origin and e.get(key)):
+        for element, key in (
+            (e, key) for e in root.iter() for key in ("href", "src") if origin and e.get(key)
+        ):
             link = element.get(key, "")
             path = target(link, str(origin))
             if path:
                 anchor = "#" + urlsplit(link).fragment if urlsplit(link).fragment else ""
-                element.set(key, posixpath.relpath(place(path), posixpath.dirname(self.page) or ".") + anchor)
+                element.set(
+                    key,
+                    posixpath.relpath(place(path), posixpath.dirname(self.page) or ".") + anchor,
+                )
 
 
 LINKS = Links()
@@ -97,8 +104,12 @@ def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     """A stored notebook as Markdown, and its pictures: file name -> content."""
     slug = Path(place(path.relative_to(ROOT).as_posix())).stem
     exporter = MarkdownExporter(raw_template=TEMPLATE.replace("FENCE", FENCE))
-    text, resources = exporter.from_filename(str(path), {"unique_key": "output", "output_files_dir": slug})
-    return text, {Path(name).name: content for name, content in resources.get("outputs", {}).items()}
+    text, resources = exporter.from_filename(
+        str(path), {"unique_key": "output", "output_files_dir": slug}
+    )
+    return text, {
+        Path(name).name: content for name, content in resources.get("outputs", {}).items()
+    }
 
 
 TEMPLATE = """
@@ -136,7 +147,10 @@ def source(path: Path) -> str:
 def folder(path: Path) -> str:
     """A folder as a page: a list of its files."""
     here = path.relative_to(ROOT).as_posix()
-    rows = [f"* [{p.name}]({posixpath.relpath(place(f'{here}/{p.name}'), f'source/{here}')})" for p in contents(path)]
+    rows = [
+        f"* [{p.name}]({posixpath.relpath(place(f'{here}/{p.name}'), f'source/{here}')})"
+        for p in contents(path)
+    ]
     return f"{HIDDEN}# {here}/\n\n" + "\n".join(rows) + "\n"
 
 
@@ -149,10 +163,19 @@ def linked(texts: dict[str, str]) -> Iterator[Path]:
     for origin, text in texts.items():
         for link in re.findall(r"\]\(\s*<?([^)>#\s]+)", text):
             path = target(link, origin)
-            if path and not path.startswith("..") and (ROOT / path).exists() and place(path).startswith("source/"):
+            if (
+                path
+                and not path.startswith("..")
+                and (ROOT / path).exists()
+                and place(path).startswith("source/")
+            ):
                 yield ROOT / path
                 if (ROOT / path).is_dir():
-                    yield from (p for p in contents(ROOT / path) if place(p.relative_to(ROOT).as_posix()).startswith("source/"))
+                    yield from (
+                        p
+                        for p in contents(ROOT / path)
+                        if place(p.relative_to(ROOT).as_posix()).startswith("source/")
+                    )
 
 
 def mathjax() -> bytes:
@@ -173,7 +196,11 @@ def on_config(config: MkDocsConfig) -> None:
             return [expand(e) for e in entry]
         if isinstance(entry, dict):
             return {title: expand(e) for title, e in entry.items()}
-        return [place(p.relative_to(ROOT).as_posix()) for p in sorted(ROOT.glob(entry))] if "*" in entry else entry
+        return (
+            [place(p.relative_to(ROOT).as_posix()) for p in sorted(ROOT.glob(entry))]
+            if "*" in entry
+            else entry
+        )
 
     config.nav = expand(config.nav)
     config.markdown_extensions.append(LINKS)  # type: ignore[arg-type]
@@ -182,7 +209,9 @@ def on_config(config: MkDocsConfig) -> None:
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Adds the pages that do not lie in docs/, and what they show."""
 
-    def add(uri: str, content: str | bytes, inclusion: InclusionLevel = InclusionLevel.INCLUDED) -> None:
+    def add(
+        uri: str, content: str | bytes, inclusion: InclusionLevel = InclusionLevel.INCLUDED
+    ) -> None:
         files.append(File.generated(config, uri, content=content, inclusion=inclusion))
 
     texts = {f"docs/{f.src_uri}": f.content_string for f in files.documentation_pages()}
@@ -213,4 +242,6 @@ class Docstrings(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = re.sub(
+                r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE
+            )

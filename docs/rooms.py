@@ -1,4 +1,4 @@
-"""The rooms of minilora and what they import: their ranks from tests/test_layout.py, the arrows from the sources themselves."""
+"""The rooms of minilora and what they import: their ranks from tests/project/test_layout.py, the arrows from the sources themselves."""
 
 import ast
 import re
@@ -32,17 +32,31 @@ CAPTIONS = {
     "demo": "make demo",
     "cli": "the commands",
 }
-COLUMNS = ("retry optim paging", "cli demo history merging show kernels.cpu", "", "hf checkpoint kernels.gpu", "resume data files")
+COLUMNS = (
+    "retry optim paging",
+    "cli demo history merging show kernels.cpu",
+    "",
+    "hf checkpoint kernels.gpu",
+    "resume data files",
+)
 
 
 def ranks() -> dict[str, int]:
     tree = ast.parse((ROOT / "tests" / "test_layout.py").read_text())
-    return next(ast.literal_eval(s.value) for s in tree.body if isinstance(s, ast.Assign) and ast.unparse(s.targets[0]) == "ROOMS")
+    return next(
+        ast.literal_eval(s.value)
+        for s in tree.body
+        if isinstance(s, ast.Assign) and ast.unparse(s.targets[0]) == "ROOMS"
+    )
 
 
 def sources(room: str) -> list[Path]:
     folder, _, name = room.rpartition(".")
-    return sorted((ROOT / "kernels" / name).glob("*.py")) if folder else [ROOT / "minilora" / f"{room}.py"]
+    return (
+        sorted((ROOT / "kernels" / name).glob("*.py"))
+        if folder
+        else [ROOT / "minilora" / f"{room}.py"]
+    )
 
 
 def imported(room: str) -> set[str]:
@@ -51,11 +65,20 @@ def imported(room: str) -> set[str]:
     for path in sources(room):
         text = path.read_text()
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("minilora"):
+            if (
+                isinstance(node, ast.ImportFrom)
+                and node.module
+                and node.module.startswith("minilora")
+            ):
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
                 found |= {name.removeprefix("minilora.") for name in names}
-            elif isinstance(node, ast.ImportFrom) and node.level:  # of a kernel: from ..reference import nf4
-                found |= {f"kernels.{(node.module or alias.name).partition('.')[0]}" for alias in node.names}
+            elif (
+                isinstance(node, ast.ImportFrom) and node.level
+            ):  # of a kernel: from ..reference import nf4
+                found |= {
+                    f"kernels.{(node.module or alias.name).partition('.')[0]}"
+                    for alias in node.names
+                }
         found |= {f"kernels.{name}" for name in re.findall(r'_kernel\("(\w+)"', text)}
     return found & ranks().keys() - {room}
 
@@ -65,6 +88,10 @@ def arrows() -> dict[str, set[str]]:
     direct = {room: imported(room) for room in ranks()}
 
     def reach(room: str) -> set[str]:
-        return direct[room].union(*(reach(other) for other in direct[room])) if direct[room] else set()
+        return (
+            direct[room].union(*(reach(other) for other in direct[room])) if direct[room] else set()
+        )
 
-    return {room: {b for b in to if not any(b in reach(c) for c in to)} for room, to in direct.items()}
+    return {
+        room: {b for b in to if not any(b in reach(c) for c in to)} for room, to in direct.items()
+    }

@@ -14,7 +14,10 @@ STYLE = "".join(
         f".mono{{font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace}}.small{{font-size:{SMALLEST}px}}",
         ".head{font-weight:600;font-size:14px}.soft{fill:#57606a}.paper{fill:#fff;stroke:#d5dae0}",
         ".ink{stroke:#57606a;fill:none}.tip{fill:#57606a}.dash{stroke-dasharray:5 4}",
-        *(f".{name}{{fill:{c};fill-opacity:.3;stroke:{c}}}.line-{name}{{stroke:{c};fill:none}}" for name, c in COLOURS.items()),
+        *(
+            f".{name}{{fill:{c};fill-opacity:.3;stroke:{c}}}.line-{name}{{stroke:{c};fill:none}}"
+            for name, c in COLOURS.items()
+        ),
         "@media (prefers-color-scheme:dark){text{fill:#e6eaef}.soft{fill:#aab4c0}.paper{fill:#1e2129;stroke:#3a414d}",
         ".ink{stroke:#aab4c0}.tip{fill:#aab4c0}}",
     ]
@@ -23,7 +26,11 @@ STYLE = "".join(
 
 def n(value: float) -> str:
     """A number as SVG needs it: to a tenth of a pixel."""
-    return f"{value:.1f}".removesuffix(".0").replace("-0", "0") if abs(value) < 0.05 else f"{value:.1f}".removesuffix(".0")
+    return (
+        f"{value:.1f}".removesuffix(".0").replace("-0", "0")
+        if abs(value) < 0.05
+        else f"{value:.1f}".removesuffix(".0")
+    )
 
 
 class Picture:
@@ -33,17 +40,33 @@ class Picture:
         self.width, self.height, self.title = width, height, title
         self.parts: list[str] = []
 
-    def box(self, x: float, y: float, w: float, h: float, kind: str = "", text: str = "", style: str = "", r: float = 3) -> None:
+    def box(
+        self,
+        x: float,
+        y: float,
+        w: float,
+        h: float,
+        kind: str = "",
+        text: str = "",
+        style: str = "",
+        r: float = 3,
+    ) -> None:
         """A rectangle, with a text in its middle."""
-        self.parts.append(f'<rect x="{n(x)}" y="{n(y)}" width="{n(w)}" height="{n(h)}" rx="{n(r)}" class="{kind or "ink"}"/>')
+        self.parts.append(
+            f'<rect x="{n(x)}" y="{n(y)}" width="{n(w)}" height="{n(h)}" rx="{n(r)}" class="{kind or "ink"}"/>'
+        )
         if text:
             self.text(x + w / 2, y + h / 2 + 4.5, text, style, "middle")
 
     def text(self, x: float, y: float, text: str, style: str = "", anchor: str = "start") -> None:
         """One line of text; y is its base line."""
-        self.parts.append(f'<text x="{n(x)}" y="{n(y)}" class="{style}" text-anchor="{anchor}">{escape(text)}</text>')
+        self.parts.append(
+            f'<text x="{n(x)}" y="{n(y)}" class="{style}" text-anchor="{anchor}">{escape(text)}</text>'
+        )
 
-    def line(self, points: Sequence[tuple[float, float]], style: str = "ink", width: float = 1) -> None:
+    def line(
+        self, points: Sequence[tuple[float, float]], style: str = "ink", width: float = 1
+    ) -> None:
         path = " ".join(f"{n(x)},{n(y)}" for x, y in points)
         self.parts.append(f'<polyline points="{path}" class="{style}" stroke-width="{n(width)}"/>')
 
@@ -67,7 +90,9 @@ class Picture:
         self.line([(x0, y), (x0, y + depth), (x1, y + depth), (x1, y)])
 
     def __str__(self) -> str:
-        size = f'viewBox="0 0 {self.width} {self.height}" width="{self.width}" height="{self.height}"'
+        size = (
+            f'viewBox="0 0 {self.width} {self.height}" width="{self.width}" height="{self.height}"'
+        )
         paper = f'<rect x="0.5" y="0.5" width="{self.width - 1}" height="{self.height - 1}" rx="6" class="paper"/>'
         head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n<title>{escape(self.title)}</title>\n'
         return f"{head}<style>{STYLE}</style>\n{paper}\n" + "\n".join(self.parts) + "\n</svg>\n"

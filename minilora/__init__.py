@@ -7,32 +7,52 @@ minilora.inject(model, r=8)       # frozen W, trainable B A
 ...                               # train minilora.adapter_parameters(model)
 minilora.save_adapter(model, "my-adapter")
 minilora.merge(model)
+
+The core (the files directly in this folder) is imported here. A name of a subpackage is imported
+when it is first used, so the core works without any of them.
 """
 
-from minilora.checkpoint import load_adapter as load_adapter
-from minilora.checkpoint import save_adapter as save_adapter
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from minilora.functional import lora_linear as lora_linear
 from minilora.functional import nf4_linear as nf4_linear
+from minilora.layers import LoRALinear as LoRALinear
+from minilora.layers import NF4Linear as NF4Linear
 from minilora.merging import merge as merge
-from minilora.merging import merge_report as merge_report
-from minilora.modules import LoRALinear as LoRALinear
-from minilora.modules import NF4Linear as NF4Linear
-from minilora.optim import PagedAdamW as PagedAdamW
-from minilora.plan import plan as plan
-from minilora.recipe import FinetuneConfig as FinetuneConfig
-from minilora.recipe import finetune as finetune
-from minilora.retry import retry_on_oom as retry_on_oom
+from minilora.nf4 import NF4Weight as NF4Weight
+from minilora.nf4 import dequantize_nf4 as dequantize_nf4
+from minilora.nf4 import quantize_nf4 as quantize_nf4
 from minilora.surgery import adapter_parameters as adapter_parameters
 from minilora.surgery import audit as audit
 from minilora.surgery import disabled as disabled
 from minilora.surgery import eject as eject
 from minilora.surgery import inject as inject
 from minilora.surgery import quantize as quantize
-from minilora.weight import NF4Weight as NF4Weight
-from minilora.weight import dequantize_nf4 as dequantize_nf4
-from minilora.weight import quantize_nf4 as quantize_nf4
+
+if TYPE_CHECKING:
+    from minilora.files import load_adapter as load_adapter
+    from minilora.files import save_adapter as save_adapter
+    from minilora.optim import PagedAdamW as PagedAdamW
+    from minilora.optim import retry_on_oom as retry_on_oom
+    from minilora.reports import merge_report as merge_report
+    from minilora.reports import plan as plan
+    from minilora.training import FinetuneConfig as FinetuneConfig
+    from minilora.training import finetune as finetune
 
 __version__ = "0.1.0"
+
+# Name -> the subpackage that it is imported from when it is first used.
+_SUBPACKAGE = {
+    "load_adapter": "files",
+    "save_adapter": "files",
+    "PagedAdamW": "optim",
+    "retry_on_oom": "optim",
+    "merge_report": "reports",
+    "plan": "reports",
+    "FinetuneConfig": "training",
+    "finetune": "training",
+}
 
 __all__ = [
     "FinetuneConfig",
@@ -58,3 +78,15 @@ __all__ = [
     "retry_on_oom",
     "save_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _SUBPACKAGE:
+        raise AttributeError(f"module 'minilora' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"minilora.{_SUBPACKAGE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

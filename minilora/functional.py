@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minilora import ops
-from minilora.weight import DTYPES, NF4Weight
+from minilora.nf4 import DTYPES, NF4Weight
 
 
 def _without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
@@ -29,7 +29,14 @@ class _NF4Linear(torch.autograd.Function):
     """y = x W^T; dx = dy W. W is frozen: it has no gradient, so x need not be kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, shape: Any, block_size: int, *weight: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        shape: Any,
+        block_size: int,
+        *weight: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(*weight)
         ctx.layout = shape, block_size
         return ops.nf4_linear(x, *weight, bias, shape, block_size)  # type: ignore[no-any-return]
@@ -50,7 +57,9 @@ class _NF4LoRALinear(torch.autograd.Function):
     """y = x W^T + bias + s z B^T with z = x A^T: reference/lora.py's forward and gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, scale: float, *weight: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, scale: float, *weight: Any
+    ) -> Tensor:
         *tensors, shape, block_size = weight
         z = x @ A.T  # [M, r]
         ctx.save_for_backward(x, A, B, z, *tensors)
@@ -78,7 +87,11 @@ class _NF4LoRALinear(torch.autograd.Function):
 
 def _autocast(x: Tensor) -> Tensor:
     """x in the dtype that a matrix product has under the autocast in force, as nn.functional.linear does."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+    if (
+        torch.is_autocast_enabled(x.device.type)
+        and x.is_floating_point()
+        and x.dtype != torch.float64
+    ):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
@@ -89,7 +102,9 @@ def _check(x: Tensor, w: NF4Weight) -> None:
             f"x {tuple(x.shape)} does not fit an NF4 weight {tuple(w.shape)}: x must be [.., in], the weight [out, in]"
         )
     if x.dtype not in DTYPES:
-        raise TypeError(f"x is {x.dtype}: a product with an NF4 weight takes float32, bfloat16, float16 or float64")
+        raise TypeError(
+            f"x is {x.dtype}: a product with an NF4 weight takes float32, bfloat16, float16 or float64"
+        )
 
 
 def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -167,7 +182,9 @@ def lora_linear(
         y = _NF4LoRALinear.apply(rows, A, B, bias, scale, *weight)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
     flat = x.is_contiguous() or isinstance(base, NF4Weight)
-    y = linear(rows if flat else x, base, bias)  # a dense product's last bits depend on x's strides: x as the bare layer gets it
+    y = linear(
+        rows if flat else x, base, bias
+    )  # a dense product's last bits depend on x's strides: x as the bare layer gets it
     z = F.linear(F.dropout(rows, dropout) if dropout else rows, A)  # [M, r]
     if flat:
         y.addmm_(z, B.T, alpha=scale)  # in place: y is read and written once more, not copied

@@ -1,6 +1,5 @@
 """merge: W + (alpha / r) B A, written back into the layers. `merge_report` says first what the rounding leaves of the update."""
 
-import math
 import warnings
 from dataclasses import dataclass
 from statistics import median
@@ -10,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from minilora.kernels.reference import lora as reference
-from minilora.modules import LoRALinear, NF4Linear
-from minilora.show import Table, alike, plot
+from minilora.layers import LoRALinear, NF4Linear
+from minilora.nf4 import NF4Weight, quantize_nf4
 from minilora.surgery import Model, adapted, route, tied_names
 from minilora.targets import Site
-from minilora.weight import NF4Weight, quantize_nf4
 
 
-def merge(model: Model, *, into: Literal["dense", "nf4"] = "dense", min_survival: float = 0.5) -> Model:
+def merge(
+    model: Model, *, into: Literal["dense", "nf4"] = "dense", min_survival: float = 0.5
+) -> Model:
     r"""Adds the adapters to the weights they adapt, W + (alpha / r) B A, and removes them (LoRA, arXiv:2106.09685, section 4.1).
 
     Args:
@@ -53,7 +53,9 @@ def _finite(model: nn.Module) -> dict[str, Site]:
     found = adapted(model)
     for name, site in found.items():
         if not all(bool(p.isfinite().all()) for p in (site.layer.lora_A, site.layer.lora_B)):
-            raise ValueError(f"the adapter of {name} holds NaN or infinity: the training diverged, load an earlier checkpoint")
+            raise ValueError(
+                f"the adapter of {name} holds NaN or infinity: the training diverged, load an earlier checkpoint"
+            )
     return found
 
 
@@ -67,7 +69,9 @@ def _merge_dense(model: nn.Module, found: dict[str, Site]) -> None:
         merged = nn.Parameter(merged_weight(layer).to(dtype), requires_grad=False)
         base = layer.release()
         if isinstance(base, NF4Linear):
-            dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta").train(base.training)
+            dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta").train(
+                base.training
+            )
             dense.register_parameter("bias", base.bias)
             base = dense
         base.weight = merged
@@ -124,66 +128,30 @@ class MergeRow:
     nf4: float | None
 
 
-@dataclass(frozen=True, repr=False)
-class MergeReport:
-    """What `merge_report` found. It prints as a table; in a notebook each layer is a point in a picture below it.
-
-    Attributes:
-        rows: the adapted layers. `nf4` is None where the base is dense.
-    """
-
-    rows: tuple[MergeRow, ...]
-
-    def table(self) -> Table:
-        """The layers, those of one name and size in one row: medians, and the worst."""
-        rows = []
-        for kind, layers in alike(self.rows).items():
-            kept = [row.nf4 for row in layers if row.nf4 is not None]
-            nf4 = (f"{median(kept):.1%}", f"{min(kept):.1%}") if kept else ("", "")
-            sizes = (f"{median(row.update for row in layers):.2%}", f"{median(row.dense for row in layers):.1%}")
-            rows.append((*kind, f"{len(layers)}", *sizes, *nf4))
-        title = "What a merge keeps of the updates (medians)"
-        return Table(title, ("layer", "out x in", "count", "update / W", "into dense", "into nf4", "at worst"), tuple(rows))
-
-    def __repr__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        points = [(100 * r.update, 100 * r.nf4) for r in self.rows if r.nf4 is not None and math.isfinite(r.update)]
-        if not points:
-            return self.table().html()
-        x, y = zip(*points, strict=True)
-        return self.table().html(plot(x, y, "size of the update, % of W", "kept by a merge into NF4, %", line=False))
-
-
-def merge_report(model: nn.Module) -> MergeReport:
-    r"""Returns, layer by layer, what `merge` would keep of the adapters' updates. Changes nothing.
-
-    The sum W + s B A, s = alpha / r, is rounded: to the base's dtype ("dense"), or to NF4 again. What is kept is measured along
-    the update, <W' - W, s B A> / |s B A|^2: 1 if W' - W is the update, 0 if the rounding undid it.
-
-    Args:
-        model: an injected model.
-
-    Raises:
-        ValueError: there is no adapter; an adapter holds NaN or infinity.
-
-    Example:
-        >>> model = minilora.inject(minilora.quantize(torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))), r=4)
-        >>> _ = torch.nn.init.normal_(model[0].lora_B, std=1e-3)
-        >>> row = minilora.merge_report(model).rows[0]
-        >>> row.dense > 0.99, row.nf4 < 0.5
-        (True, True)
-    """
+def measure_merge(model: nn.Module) -> tuple[MergeRow, ...]:
+    """Layer by layer, how much of the adapters' updates `merge` would keep. Changes nothing."""
     rows = []
     for name, site in _finite(model).items():
         layer = site.layer
         old, update, merged = layer.weight, _update(layer), merged_weight(layer)
         base = _dense(old)
         dense = _survival(merged.to(old.dtype), base, update)
-        nf4 = _survival(_requantized(merged, old), base, update) if isinstance(old, NF4Weight) else None
-        rows.append(MergeRow(name, layer.out_features, layer.in_features, float(update.norm() / base.norm()), dense, nf4))
-    return MergeReport(tuple(rows))
+        nf4 = (
+            _survival(_requantized(merged, old), base, update)
+            if isinstance(old, NF4Weight)
+            else None
+        )
+        rows.append(
+            MergeRow(
+                name,
+                layer.out_features,
+                layer.in_features,
+                float(update.norm() / base.norm()),
+                dense,
+                nf4,
+            )
+        )
+    return tuple(rows)
 
 
 def _merge_nf4(found: dict[str, Site], min_survival: float) -> None:
@@ -191,11 +159,16 @@ def _merge_nf4(found: dict[str, Site], min_survival: float) -> None:
     survival: dict[str, float] = {}
     for name, site in found.items():
         if not isinstance(old := site.layer.weight, NF4Weight):
-            raise ValueError(f"{name} has a dense base: merge(into='nf4') is for quantized ones, use into='dense'")
+            raise ValueError(
+                f"{name} has a dense base: merge(into='nf4') is for quantized ones, use into='dense'"
+            )
         merged[name] = _requantized(merged_weight(site.layer), old)
         survival[name] = _survival(merged[name], _dense(old), _update(site.layer))
     worst = sorted(survival, key=survival.__getitem__)[:5]
-    report = ", ".join(f"{name} {survival[name]:.1%}" for name in worst) + f"; median {median(survival.values()):.1%}"
+    report = (
+        ", ".join(f"{name} {survival[name]:.1%}" for name in worst)
+        + f"; median {median(survival.values()):.1%}"
+    )
     if survival[worst[0]] < min_survival:
         raise ValueError(
             f"merging into NF4 would lose the update: of it survives, at worst: {report}; less than "

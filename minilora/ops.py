@@ -26,11 +26,26 @@ _SCHEMAS = {  # operator: (module of the kernel, signature)
     "quantize": ("nf4", "(Tensor x, int block_size) -> (Tensor, Tensor)"),
     "double_quantize": ("nf4", "(Tensor absmax) -> (Tensor, Tensor, Tensor)"),
     "double_dequantize": ("nf4", "(Tensor codes, Tensor absmax2, Tensor offset) -> Tensor"),
-    "dequantize": ("nf4", f"({_WEIGHT}, SymInt[] shape, ScalarType dtype, int block_size) -> Tensor"),
-    "nf4_linear": ("matmul", f"(Tensor x, {_WEIGHT}, Tensor? bias, SymInt[] shape, int block_size) -> Tensor"),
-    "nf4_linear_backward": ("matmul", f"(Tensor dy, {_WEIGHT}, SymInt[] shape, int block_size) -> Tensor"),
-    "nf4_lora_linear": ("lora", f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor z, Tensor B, {_LORA}) -> Tensor"),
-    "nf4_lora_linear_backward": ("lora", f"(Tensor dy, {_WEIGHT}, Tensor u, Tensor A, {_LORA}) -> Tensor"),
+    "dequantize": (
+        "nf4",
+        f"({_WEIGHT}, SymInt[] shape, ScalarType dtype, int block_size) -> Tensor",
+    ),
+    "nf4_linear": (
+        "matmul",
+        f"(Tensor x, {_WEIGHT}, Tensor? bias, SymInt[] shape, int block_size) -> Tensor",
+    ),
+    "nf4_linear_backward": (
+        "matmul",
+        f"(Tensor dy, {_WEIGHT}, SymInt[] shape, int block_size) -> Tensor",
+    ),
+    "nf4_lora_linear": (
+        "lora",
+        f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor z, Tensor B, {_LORA}) -> Tensor",
+    ),
+    "nf4_lora_linear_backward": (
+        "lora",
+        f"(Tensor dy, {_WEIGHT}, Tensor u, Tensor A, {_LORA}) -> Tensor",
+    ),
 }
 
 
@@ -42,7 +57,9 @@ def _kernel(room: str, module: str, name: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(f"minilora.kernels.{room}.{module}"), name)  # type: ignore[no-any-return]
 
     def call(*args: Any) -> Any:
-        with torch.autocast(args[0].device.type, enabled=False):  # the fakes promise the input's dtype
+        with torch.autocast(
+            args[0].device.type, enabled=False
+        ):  # the fakes promise the input's dtype
             return load()(*args)
 
     return call
@@ -55,14 +72,20 @@ def _fake_quantize(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 def _fake_double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     groups = (absmax.numel() + GROUP - 1) // GROUP
-    return torch.empty_like(absmax, dtype=torch.uint8), absmax.new_empty(groups), absmax.new_empty(())
+    return (
+        torch.empty_like(absmax, dtype=torch.uint8),
+        absmax.new_empty(groups),
+        absmax.new_empty(()),
+    )
 
 
 def _fake_double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
-def _fake_dequantize(packed: Tensor, absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None, *layout: Any) -> Tensor:
+def _fake_dequantize(
+    packed: Tensor, absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None, *layout: Any
+) -> Tensor:
     shape, dtype, _ = layout
     return packed.new_empty(shape, dtype=dtype)
 
@@ -82,7 +105,9 @@ _fake_nf4_lora_linear_backward = _fake_nf4_linear_backward
 
 for _name, (_module, _signature) in _SCHEMAS.items():
     torch.library.define(f"minilora::{_name}", _signature)
-    torch.library.impl(f"minilora::{_name}", "CompositeExplicitAutograd", _kernel("reference", _module, _name))
+    torch.library.impl(
+        f"minilora::{_name}", "CompositeExplicitAutograd", _kernel("reference", _module, _name)
+    )
     torch.library.impl(f"minilora::{_name}", "CPU", _kernel("cpu", _module, _name))
     torch.library.impl(f"minilora::{_name}", "CUDA", _kernel("gpu", _module, _name))
     torch.library.register_fake(f"minilora::{_name}", globals()[f"_fake_{_name}"])

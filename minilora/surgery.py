@@ -12,9 +12,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from minilora.modules import LoRALinear, NF4Linear, check_adapter, check_base
+from minilora.layers import LoRALinear, NF4Linear, check_adapter, check_base
+from minilora.nf4 import check_block_size
 from minilora.targets import DEFAULT_EXCLUDE, Site, Targets, is_named, near_misses, resolve, sites
-from minilora.weight import check_block_size
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -91,7 +91,11 @@ def quantize_steps(
         _check_quantizable(name, site, tied)
     for done, site in enumerate(chosen.values(), start=1):
         layer = site.layer
-        site.replace(NF4Linear.from_linear(layer, block_size=block_size, double_quant=double_quant, compute_dtype=compute_dtype))
+        site.replace(
+            NF4Linear.from_linear(
+                layer, block_size=block_size, double_quant=double_quant, compute_dtype=compute_dtype
+            )
+        )
         site.layer = None  # the last reference: the dense weight is freed here
         del layer
         yield done, len(chosen)
@@ -100,22 +104,30 @@ def quantize_steps(
 
 def _check_quantizable(name: str, site: Site, tied: Mapping[int, str]) -> None:
     if isinstance(site.layer, NF4Linear):
-        raise ValueError(f"{name} is quantized already: leave it out with exclude=, or quantize a fresh model")
+        raise ValueError(
+            f"{name} is quantized already: leave it out with exclude=, or quantize a fresh model"
+        )
     if isinstance(site.layer, LoRALinear):
-        raise ValueError(f"{name} has an adapter: quantize the model first, inject afterwards (or minilora.eject it)")
+        raise ValueError(
+            f"{name} has an adapter: quantize the model first, inject afterwards (or minilora.eject it)"
+        )
     check_site(name, site)
     check_untied(name, site, tied)
     weight = site.layer.weight
     if weight.is_meta:
         raise ValueError(f"{name} is on the meta device and has no values: load the model first")
     if not all(math.isfinite(bound.float()) for bound in weight.detach().aminmax()):
-        raise ValueError(f"{name}.weight holds NaN or infinity and cannot be quantized: mend the checkpoint, or exclude it")
+        raise ValueError(
+            f"{name}.weight holds NaN or infinity and cannot be quantized: mend the checkpoint, or exclude it"
+        )
 
 
 def check_untied(name: str, site: Site, tied: Mapping[int, str]) -> None:
     """Raises ValueError if the layer's weight stands in another module too."""
     if (names := tied.get(id(site.layer._parameters.get("weight")))) is not None:
-        raise ValueError(f"{name} shares its weight with another layer ({names}): quantizing would untie them; exclude it")
+        raise ValueError(
+            f"{name} shares its weight with another layer ({names}): quantizing would untie them; exclude it"
+        )
 
 
 def tied_names(model: nn.Module) -> dict[int, str]:
@@ -143,7 +155,10 @@ def route(model: nn.Module) -> None:
     In eval mode nn.TransformerEncoderLayer hands the weights of linear1 and linear2 to one fused kernel, and
     nn.TransformerEncoder packs its input for it.
     """
-    switches = {nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0), nn.TransformerEncoder: ("use_nested_tensor", False)}
+    switches = {
+        nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+        nn.TransformerEncoder: ("use_nested_tensor", False),
+    }
     for module in model.modules():
         for kind, (attribute, off) in switches.items():
             if isinstance(module, kind):
@@ -210,11 +225,22 @@ def inject(
         ['0.lora_A', '0.lora_B', '2.lora_A', '2.lora_B']
     """
     chosen = resolve(model, targets, exclude)
-    return attach(model, {n: AdapterSpec(r, alpha, dropout) for n in chosen}, train_also=train_also, name=name, seed=seed)
+    return attach(
+        model,
+        {n: AdapterSpec(r, alpha, dropout) for n in chosen},
+        train_also=train_also,
+        name=name,
+        seed=seed,
+    )
 
 
 def attach(
-    model: Model, specs: Mapping[str, AdapterSpec], *, train_also: Sequence[str] = (), name: str = "default", seed: int = 0
+    model: Model,
+    specs: Mapping[str, AdapterSpec],
+    *,
+    train_also: Sequence[str] = (),
+    name: str = "default",
+    seed: int = 0,
 ) -> Model:
     """`inject` with a rank, alpha and dropout for each layer: {full name: AdapterSpec}."""
     check_bare(model)
@@ -228,7 +254,9 @@ def attach(
     try:
         for path, spec in specs.items():
             base = everything[path].layer
-            layer = LoRALinear(base, spec.r, alpha=spec.alpha, dropout=spec.dropout, name=path, seed=seed)
+            layer = LoRALinear(
+                base, spec.r, alpha=spec.alpha, dropout=spec.dropout, name=path, seed=seed
+            )
             layer.adapter_name = name
             made.append((everything[path], layer))
     except BaseException:  # out of memory half way: give every base its parameters back
@@ -264,12 +292,16 @@ def parameters_named(model: nn.Module, names: Sequence[str]) -> list[nn.Paramete
     names = (names,) if isinstance(names, str) else names
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for wanted in names:
-        inside = [p for n, p in parameters.items() if any(is_named(n[:i], wanted) for i in _ends(n))]
+        inside = [
+            p for n, p in parameters.items() if any(is_named(n[:i], wanted) for i in _ends(n))
+        ]
         floats = [p for p in inside if p.is_floating_point()]
         if not floats:
             near = near_misses(wanted, [n for n, _ in model.named_modules() if n])
             hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
-            raise ValueError(f"train_also={wanted!r} names no module or parameter with floating-point weights.{hint}")
+            raise ValueError(
+                f"train_also={wanted!r} names no module or parameter with floating-point weights.{hint}"
+            )
         found += floats
     return list({id(p): p for p in found}.values())
 
@@ -355,7 +387,9 @@ def audit(model: nn.Module) -> list[str]:
     return [
         name
         for name, site in adapted(model).items()
-        if all(p.grad is None or not bool(p.grad.any()) for p in (site.layer.lora_A, site.layer.lora_B))
+        if all(
+            p.grad is None or not bool(p.grad.any()) for p in (site.layer.lora_A, site.layer.lora_B)
+        )
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from minilora.modules import LoRALinear, NF4Linear
+from minilora.layers import LoRALinear, NF4Linear
 
 Targets = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Module], bool]
 
@@ -32,9 +32,14 @@ class Site:
 
 def sites(model: nn.Module, kinds: tuple[type[nn.Module], ...] = LINEAR) -> dict[str, Site]:
     """Returns every layer of one of `kinds`, by the first name it has in the model."""
-    found = {id(m): Site(name, m) for name, m in model.named_modules() if name and isinstance(m, kinds)}
+    found = {
+        id(m): Site(name, m) for name, m in model.named_modules() if name and isinstance(m, kinds)
+    }
     for parent in model.modules():
-        for attribute, layer in parent._modules.items():  # not named_children, which names a layer once
+        for (
+            attribute,
+            layer,
+        ) in parent._modules.items():  # not named_children, which names a layer once
             if id(layer) in found:
                 found[id(layer)].places.append((parent, attribute))
     return {site.name: site for site in found.values()}
@@ -46,7 +51,10 @@ def is_named(name: str, wanted: str) -> bool:
 
 
 def resolve(
-    model: nn.Module, targets: Targets, exclude: Sequence[str], kinds: tuple[type[nn.Module], ...] = LINEAR
+    model: nn.Module,
+    targets: Targets,
+    exclude: Sequence[str],
+    kinds: tuple[type[nn.Module], ...] = LINEAR,
 ) -> dict[str, Site]:
     """Returns the sites that `targets` names and `exclude` does not, in the model's order.
 
@@ -79,7 +87,9 @@ def resolve(
         chosen = set().union(*hits.values())
     chosen = {name for name in chosen if not any(is_named(name, e) for e in exclude)}
     if not chosen:
-        raise ValueError(_nothing_matches(model, [str(targets)], everything) + f" exclude={tuple(exclude)}.")
+        raise ValueError(
+            _nothing_matches(model, [str(targets)], everything) + f" exclude={tuple(exclude)}."
+        )
     return {name: site for name, site in everything.items() if name in chosen}
 
 

@@ -4,7 +4,9 @@ import os
 import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton; with a GPU: TRITON_INTERPRET=0, `make test-gpu`
+os.environ.setdefault(
+    "TRITON_INTERPRET", "1"
+)  # before anything imports triton; with a GPU: TRITON_INTERPRET=0, `make test-gpu`
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,9 @@ settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job is born deaf to Ctrl-C, and a run respects that
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell's background job is born deaf to Ctrl-C, and a run respects that
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
@@ -60,15 +64,25 @@ def allocator() -> type[Allocator]:
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> Callable[[str], Any]:
     """Returns a function that makes a byte-level tokenizer with a chat template; it pads with its end of turn, as SmolLM2 does."""
-    tokenizers = pytest.importorskip("tokenizers", reason="the tokenizer in these tests is made with tokenizers")
-    transformers = pytest.importorskip("transformers", reason="the tokenizer in these tests is a transformers one")
+    tokenizers = pytest.importorskip(
+        "tokenizers", reason="the tokenizer in these tests is made with tokenizers"
+    )
+    transformers = pytest.importorskip(
+        "transformers", reason="the tokenizer in these tests is a transformers one"
+    )
 
     def make(chat_template: str) -> Any:
         alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        core = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-        core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core = tokenizers.Tokenizer(
+            tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])
+        )
+        core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+            add_prefix_space=False, use_regex=False
+        )
         core.decoder = tokenizers.decoders.ByteLevel()
-        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
+        fast = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>"
+        )
         fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
         fast.chat_template = chat_template
         return fast
@@ -88,11 +102,15 @@ SMALL = {
 @pytest.fixture
 def tiny_llama() -> Callable[..., Any]:
     """Returns a function that makes a small random Llama, the same for the same seed: 2 layers, hidden 64, two kv heads."""
-    transformers = pytest.importorskip("transformers", reason="the language model in these tests is a transformers Llama")
+    transformers = pytest.importorskip(
+        "transformers", reason="the language model in these tests is a transformers Llama"
+    )
 
     def make(tie_word_embeddings: bool = False, seed: int = 0) -> Any:
         tied = tie_word_embeddings
-        config = transformers.LlamaConfig(**SMALL, vocab_size=128, max_position_embeddings=64, tie_word_embeddings=tied)
+        config = transformers.LlamaConfig(
+            **SMALL, vocab_size=128, max_position_embeddings=64, tie_word_embeddings=tied
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return transformers.LlamaForCausalLM(config).eval()

@@ -21,7 +21,9 @@ from . import nf4
 from .runtime import array, empty, jit, run
 
 GROUP, AVX512, _CODE, _MAP8 = nf4.GROUP, nf4.AVX512, nf4.CODE, nf4.MAP8
-_SCRATCH_BYTES = 64 << 20  # a larger weight is worked off in tiles: one of 4096 x 4096 fits whole in float32
+_SCRATCH_BYTES = (
+    64 << 20
+)  # a larger weight is worked off in tiles: one of 4096 x 4096 fits whole in float32
 _GRAIN = 64  # rows of W that are worth a thread of their own
 
 _local = threading.local()  # a scratch is never shared by two threads
@@ -38,7 +40,17 @@ def _scratch(n: int, dtype: torch.dtype) -> Tensor:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _dot64(typing: Any, packed: Any, byte: Any, code: Any, even: Any, odd: Any, first: Any, scale: Any, sums: Any) -> Any:
+def _dot64(
+    typing: Any,
+    packed: Any,
+    byte: Any,
+    code: Any,
+    even: Any,
+    odd: Any,
+    first: Any,
+    scale: Any,
+    sums: Any,
+) -> Any:
     """sums[0:16] += scale * (code[high nibbles] * even[first:] + code[low nibbles] * odd[first:]) over 32 bytes."""
     signature = types.void(packed, byte, code, even, odd, first, scale, sums)
 
@@ -52,19 +64,37 @@ def _dot64(typing: Any, packed: Any, byte: Any, code: Any, even: Any, odd: Any, 
         zero = ir.Constant(args[1].type, 0)
         table = load(2, zero, f32x16)
         look_up = ir.FunctionType(f32x16, [f32x16, i32x16])
-        permute = cgutils.get_or_insert_function(b.module, look_up, "llvm.x86.avx512.permvar.sf.512")
-        fma = cgutils.get_or_insert_function(b.module, ir.FunctionType(f32x16, [f32x16] * 3), "llvm.fma.v16f32")
+        permute = cgutils.get_or_insert_function(
+            b.module, look_up, "llvm.x86.avx512.permvar.sf.512"
+        )
+        fma = cgutils.get_or_insert_function(
+            b.module, ir.FunctionType(f32x16, [f32x16] * 3), "llvm.fma.v16f32"
+        )
         dot = ir.Constant(f32x16, [0.0] * 16)
         for half in (0, 16):
-            two = b.zext(load(0, b.add(args[1], ir.Constant(args[1].type, half)), ir.VectorType(ir.IntType(8), 16), 1), i32x16)
+            two = b.zext(
+                load(
+                    0,
+                    b.add(args[1], ir.Constant(args[1].type, half)),
+                    ir.VectorType(ir.IntType(8), 16),
+                    1,
+                ),
+                i32x16,
+            )
             at = b.add(args[5], ir.Constant(args[5].type, half))
             high = b.call(permute, [table, b.lshr(two, ir.Constant(i32x16, [4] * 16))])
             dot = b.call(fma, [high, load(3, at, f32x16), dot])
             dot = b.call(fma, [b.call(permute, [table, two]), load(4, at, f32x16), dot])
-        scales = b.insert_element(ir.Constant(f32x16, ir.Undefined), args[6], ir.Constant(ir.IntType(32), 0))
+        scales = b.insert_element(
+            ir.Constant(f32x16, ir.Undefined), args[6], ir.Constant(ir.IntType(32), 0)
+        )
         scales = b.shuffle_vector(scales, scales, ir.Constant(i32x16, [0] * 16))
         data = context.make_array(signature.args[7])(context, b, args[7]).data
-        b.store(b.call(fma, [dot, scales, load(7, zero, f32x16)]), b.bitcast(data, f32x16.as_pointer()), align=4)
+        b.store(
+            b.call(fma, [dot, scales, load(7, zero, f32x16)]),
+            b.bitcast(data, f32x16.as_pointer()),
+            align=4,
+        )
         return context.get_dummy_value()
 
     return signature, build
@@ -73,12 +103,25 @@ def _dot64(typing: Any, packed: Any, byte: Any, code: Any, even: Any, odd: Any, 
 @jit
 def _scale(b: int, absmax: Any, absmax2: Any, offset: np.float32) -> Any:
     """The absmax of block b, as in nf4.py (a kernel and its helpers share a file: see runtime.jit)."""
-    return _MAP8[int(absmax[b])] * absmax2[b // GROUP] + offset if absmax2.size else np.float32(absmax[b])
+    return (
+        _MAP8[int(absmax[b])] * absmax2[b // GROUP] + offset
+        if absmax2.size
+        else np.float32(absmax[b])
+    )
 
 
 @jit
 def _row_product(
-    packed: Any, absmax: Any, absmax2: Any, offset: np.float32, even: Any, odd: Any, y: Any, block: int, start: int, stop: int
+    packed: Any,
+    absmax: Any,
+    absmax2: Any,
+    offset: np.float32,
+    even: Any,
+    odd: Any,
+    y: Any,
+    block: int,
+    start: int,
+    stop: int,
 ) -> None:
     """y[o] = sum over blocks of absmax * (code . x), for o in [start, stop)."""
     blocks = 2 * even.size // block
@@ -100,9 +143,16 @@ def _row_product(
         y[o] = sums.sum()
 
 
-def _one_row(x: Tensor, w: tuple[Tensor, Tensor, Tensor | None, Tensor | None], shape: Sequence[int], block_size: int) -> Tensor:
+def _one_row(
+    x: Tensor,
+    w: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    shape: Sequence[int],
+    block_size: int,
+) -> Tensor:
     packed, absmax, absmax2, offset = w
-    even, odd = x.reshape(-1, 2).float().T.contiguous()  # the high nibbles multiply the even columns
+    even, odd = (
+        x.reshape(-1, 2).float().T.contiguous()
+    )  # the high nibbles multiply the even columns
     y = torch.empty(shape[0], dtype=torch.float32)
     run(
         _row_product,
@@ -134,7 +184,10 @@ def nf4_linear(
     O, I = shape
     w = packed, absmax, absmax2, offset
     rows = x.reshape(-1, I)
-    if I % block_size or x.dtype not in (torch.float32, torch.bfloat16):  # blocks cross rows of W; or a dtype no kernel writes
+    if I % block_size or x.dtype not in (
+        torch.float32,
+        torch.bfloat16,
+    ):  # blocks cross rows of W; or a dtype no kernel writes
         return F.linear(x, nf4.dequantize(*w, shape, x.dtype, block_size), bias)
     out = x.new_empty((*x.shape[:-1], O))
     y = out.view(-1, O)
@@ -145,7 +198,9 @@ def nf4_linear(
     for o in range(0, O, step):
         top = min(O, o + step)
         W = _scratch((top - o) * I, x.dtype)
-        nf4.dequantize_tile(*w, W, (O * I, block_size, I // block_size), (o, top), (0, I // block_size))
+        nf4.dequantize_tile(
+            *w, W, (O * I, block_size, I // block_size), (o, top), (0, I // block_size)
+        )
         torch.mm(rows, W.view(-1, I).T, out=y[:, o:top])
     return out if bias is None else out.add_(bias)
 

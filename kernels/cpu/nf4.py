@@ -29,7 +29,9 @@ NO_FLOATS = np.zeros(0, dtype=np.float32)
 _GRAIN = 8192  # blocks of 64 weights that are worth waking a thread for: about 0.1 ms of work
 
 # Chosen before anything compiles: LLVM aborts the process on an instruction that its target lacks.
-AVX512 = config.CPU_NAME is None and all(get_host_cpu_features().get(f, False) for f in ("avx512f", "avx512bw"))
+AVX512 = config.CPU_NAME is None and all(
+    get_host_cpu_features().get(f, False) for f in ("avx512f", "avx512bw")
+)
 
 
 @jit
@@ -54,7 +56,9 @@ def _encode(row: Any, size: int, thresholds: Any, packed: Any, first: int) -> An
 
 
 @jit
-def _quantize_float32(x: Any, thresholds: Any, packed: Any, absmax: Any, block: int, start: int, stop: int) -> None:
+def _quantize_float32(
+    x: Any, thresholds: Any, packed: Any, absmax: Any, block: int, start: int, stop: int
+) -> None:
     row = np.empty(block, np.float32)
     for b in range(start, stop):
         size = min(block, x.size - b * block)
@@ -64,7 +68,9 @@ def _quantize_float32(x: Any, thresholds: Any, packed: Any, absmax: Any, block: 
 
 
 @jit
-def _quantize_bfloat16(x: Any, thresholds: Any, packed: Any, absmax: Any, block: int, start: int, stop: int) -> None:
+def _quantize_bfloat16(
+    x: Any, thresholds: Any, packed: Any, absmax: Any, block: int, start: int, stop: int
+) -> None:
     row = np.empty(block, np.float32)
     bits = row.view(np.uint32)
     for b in range(start, stop):
@@ -89,7 +95,9 @@ def quantize(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 @jit
-def _double_quantize(absmax: Any, offset: np.float32, codes: Any, absmax2: Any, start: int, stop: int) -> None:
+def _double_quantize(
+    absmax: Any, offset: np.float32, codes: Any, absmax2: Any, start: int, stop: int
+) -> None:
     for g in range(start, stop):
         first, last = g * GROUP, min(absmax.size, (g + 1) * GROUP)
         largest = np.float32(0)
@@ -113,18 +121,32 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty(absmax.numel(), dtype=torch.uint8)
     absmax2 = torch.empty(groups, dtype=torch.float32)
     shift = np.float32(offset.item())
-    run(_double_quantize, array(absmax), shift, array(codes), array(absmax2), rows=(0, groups), grain=16)
+    run(
+        _double_quantize,
+        array(absmax),
+        shift,
+        array(codes),
+        array(absmax2),
+        rows=(0, groups),
+        grain=16,
+    )
     return codes, absmax2, offset
 
 
 @jit
 def _scale(b: int, absmax: Any, absmax2: Any, offset: np.float32) -> Any:
     """The absmax of block b; float32 as it is stored, or uint8 codes of the double quantization."""
-    return MAP8[int(absmax[b])] * absmax2[b // GROUP] + offset if absmax2.size else np.float32(absmax[b])
+    return (
+        MAP8[int(absmax[b])] * absmax2[b // GROUP] + offset
+        if absmax2.size
+        else np.float32(absmax[b])
+    )
 
 
 @jit
-def _double_dequantize(codes: Any, absmax2: Any, offset: np.float32, out: Any, start: int, stop: int) -> None:
+def _double_dequantize(
+    codes: Any, absmax2: Any, offset: np.float32, out: Any, start: int, stop: int
+) -> None:
     for b in range(start, stop):
         out[b] = _scale(b, codes, absmax2, offset)
 
@@ -133,7 +155,15 @@ def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     """Returns absmax, float32 [b]."""
     out = torch.empty(codes.numel(), dtype=torch.float32)
     shift = np.float32(offset.item())
-    run(_double_dequantize, array(codes), array(absmax2), shift, array(out), rows=(0, codes.numel()), grain=1 << 16)
+    run(
+        _double_dequantize,
+        array(codes),
+        array(absmax2),
+        shift,
+        array(out),
+        rows=(0, codes.numel()),
+        grain=1 << 16,
+    )
     return out
 
 
@@ -151,7 +181,15 @@ def _pick(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: list[int]) -> 
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
 
 
-def _address(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, which: int, index: ir.Value, to: ir.Type) -> ir.Value:
+def _address(
+    context: Any,
+    builder: ir.IRBuilder,
+    signature: Any,
+    args: Any,
+    which: int,
+    index: ir.Value,
+    to: ir.Type,
+) -> ir.Value:
     """Pointer to element `index` of the array argument `which`, as a pointer to `to`."""
     data = context.make_array(signature.args[which])(context, builder, args[which]).data
     return builder.bitcast(builder.gep(data, [index]), to.as_pointer())
@@ -159,7 +197,9 @@ def _address(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, whi
 
 def _scaled_code(builder: ir.IRBuilder, code: ir.Value, scale: ir.Value) -> ir.Value:
     """code[0:16] * scale, float32 [16]."""
-    scales = builder.insert_element(ir.Constant(ir.VectorType(_F32, 16), ir.Undefined), scale, ir.Constant(_I32, 0))
+    scales = builder.insert_element(
+        ir.Constant(ir.VectorType(_F32, 16), ir.Undefined), scale, ir.Constant(_I32, 0)
+    )
     return builder.fmul(code, _pick(builder, scales, scales, [0] * 16))
 
 
@@ -167,21 +207,29 @@ _INTERLEAVE = [lane for i in range(16) for lane in (i, 16 + i)]  # a0 b0 a1 b1 .
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _permute_float32(typing: Any, packed: Any, byte: Any, code: Any, scale: Any, out: Any, first: Any) -> Any:
+def _permute_float32(
+    typing: Any, packed: Any, byte: Any, code: Any, scale: Any, out: Any, first: Any
+) -> Any:
     """out[first : first + 64] = (code * scale)[nibbles of packed[byte : byte + 32]]: two permutes (vpermps) each 32 weights."""
     signature = types.void(packed, byte, code, scale, out, first)
 
     def build(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         zero = ir.Constant(args[1].type, 0)
-        code16 = b.load(_address(context, b, signature, args, 2, zero, ir.VectorType(_F32, 16)), align=4)
+        code16 = b.load(
+            _address(context, b, signature, args, 2, zero, ir.VectorType(_F32, 16)), align=4
+        )
         table = _scaled_code(b, code16, args[3])
         kind = ir.FunctionType(table.type, [table.type, ir.VectorType(_I32, 16)])
         permute = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512.permvar.sf.512")
         for half in (0, 1):
             at = b.add(args[1], ir.Constant(args[1].type, 16 * half))
-            two = b.load(_address(context, b, signature, args, 0, at, ir.VectorType(_I8, 16)), align=1)
+            two = b.load(
+                _address(context, b, signature, args, 0, at, ir.VectorType(_I8, 16)), align=1
+            )
             two = b.zext(two, ir.VectorType(_I32, 16))
-            low = b.call(permute, [table, two])  # the permute reads the low four bits of a lane and no others
+            low = b.call(
+                permute, [table, two]
+            )  # the permute reads the low four bits of a lane and no others
             high = b.call(permute, [table, b.lshr(two, _splat(_I32, 16, 4))])
             to = b.add(args[5], ir.Constant(args[5].type, 32 * half))
             target = _address(context, b, signature, args, 4, to, ir.VectorType(_F32, 32))
@@ -192,13 +240,17 @@ def _permute_float32(typing: Any, packed: Any, byte: Any, code: Any, scale: Any,
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _permute_bfloat16(typing: Any, packed: Any, byte: Any, code: Any, scale: Any, out: Any, first: Any) -> Any:
+def _permute_bfloat16(
+    typing: Any, packed: Any, byte: Any, code: Any, scale: Any, out: Any, first: Any
+) -> Any:
     """The same in bfloat16: the 16 levels are rounded once, then two permutes of 32 lanes (vpermw)."""
     signature = types.void(packed, byte, code, scale, out, first)
 
     def build(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
         zero = ir.Constant(args[1].type, 0)
-        code16 = b.load(_address(context, b, signature, args, 2, zero, ir.VectorType(_F32, 16)), align=4)
+        code16 = b.load(
+            _address(context, b, signature, args, 2, zero, ir.VectorType(_F32, 16)), align=4
+        )
         bits = b.bitcast(_scaled_code(b, code16, args[3]), ir.VectorType(_I32, 16))
         odd = b.and_(b.lshr(bits, _splat(_I32, 16, 16)), _splat(_I32, 16, 1))
         rounded = b.add(b.add(bits, _splat(_I32, 16, 0x7FFF)), odd)  # to nearest, ties to even
@@ -206,7 +258,9 @@ def _permute_bfloat16(typing: Any, packed: Any, byte: Any, code: Any, scale: Any
         table = _pick(b, table, table, list(range(32)))
         kind = ir.FunctionType(table.type, [table.type, table.type])
         permute = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512.permvar.hi.512")
-        two = b.load(_address(context, b, signature, args, 0, args[1], ir.VectorType(_I8, 32)), align=1)
+        two = b.load(
+            _address(context, b, signature, args, 0, args[1], ir.VectorType(_I8, 32)), align=1
+        )
         high, low = b.lshr(two, _splat(_I8, 32, 4)), b.and_(two, _splat(_I8, 32, 15))
         for half in (0, 1):
             lanes = [lane for i in range(16 * half, 16 * half + 16) for lane in (i, 32 + i)]
@@ -235,7 +289,15 @@ def _look_up(packed: Any, source: int, table: Any, out: Any, target: int, size: 
 
 @jit
 def _dequantize_float32(
-    packed: Any, absmax: Any, absmax2: Any, offset: np.float32, out: Any, layout: Any, tile: Any, start: int, stop: int
+    packed: Any,
+    absmax: Any,
+    absmax2: Any,
+    offset: np.float32,
+    out: Any,
+    layout: Any,
+    tile: Any,
+    start: int,
+    stop: int,
 ) -> None:
     n, block, blocks = layout
     first, last, top = tile
@@ -258,7 +320,15 @@ def _dequantize_float32(
 
 @jit
 def _dequantize_bfloat16(
-    packed: Any, absmax: Any, absmax2: Any, offset: np.float32, out: Any, layout: Any, tile: Any, start: int, stop: int
+    packed: Any,
+    absmax: Any,
+    absmax2: Any,
+    offset: np.float32,
+    out: Any,
+    layout: Any,
+    tile: Any,
+    start: int,
+    stop: int,
 ) -> None:
     n, block, blocks = layout
     first, last, top = tile
@@ -278,7 +348,9 @@ def _dequantize_bfloat16(
                 for j in range(16):
                     wide[0] = CODE[j] * scale
                     bits = wide.view(np.uint32)[0]
-                    table[j] = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+                    table[j] = (
+                        bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+                    ) >> np.uint32(16)
                 _look_up(packed, source + done, table, out, target + done, size - done)
 
 
@@ -314,5 +386,14 @@ def dequantize(
     """Returns code[q] * absmax, computed in float32 and rounded once to `dtype`, in `shape`."""
     fast = dtype in (torch.float32, torch.bfloat16)
     out = empty(tuple(shape), dtype if fast else torch.float32)
-    dequantize_tile(packed, absmax, absmax2, offset, out, (out.numel(), block_size, 1), (0, absmax.numel()), (0, 1))
+    dequantize_tile(
+        packed,
+        absmax,
+        absmax2,
+        offset,
+        out,
+        (out.numel(), block_size, 1),
+        (0, absmax.numel()),
+        (0, 1),
+    )
     return out if fast else out.to(dtype)

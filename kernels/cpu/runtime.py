@@ -75,7 +75,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     first = -(-out.data_ptr() // _HUGE) * _HUGE
     size = (out.data_ptr() + out.nbytes - first) // _HUGE * _HUGE
     if _madvise is not None and size >= 4 * _HUGE:
-        _madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_HUGEPAGE)  # a hint: what it returns changes nothing
+        _madvise(
+            ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_HUGEPAGE
+        )  # a hint: what it returns changes nothing
     return out
 
 
@@ -87,9 +89,15 @@ def run(kernel: Callable[..., Any], *args: Any, rows: tuple[int, int], grain: in
     edges = [first + (last - first) * i // parts for i in range(parts + 1)]
     if parts > 1 and _pool is None:
         _pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="minilora")
-    pending = [_pool.submit(kernel, *args, *edges[i : i + 2]) for i in range(1, parts)] if _pool is not None else []
+    pending = (
+        [_pool.submit(kernel, *args, *edges[i : i + 2]) for i in range(1, parts)]
+        if _pool is not None
+        else []
+    )
     try:
         kernel(*args, *edges[:2])
     finally:
-        for future in pending:  # never leave while another thread still writes into the caller's memory
+        for (
+            future
+        ) in pending:  # never leave while another thread still writes into the caller's memory
             future.result()

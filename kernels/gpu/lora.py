@@ -30,7 +30,9 @@ def nf4_lora_linear(
     block_size: int,
 ) -> Tensor:
     """Returns x W^T + bias + scale z B^T, [.., O], in x's dtype."""
-    return forward(x, (packed, absmax, absmax2, offset), bias, LowRank(z, B, scale), shape, block_size)
+    return forward(
+        x, (packed, absmax, absmax2, offset), bias, LowRank(z, B, scale), shape, block_size
+    )
 
 
 def nf4_lora_linear_backward(
@@ -46,4 +48,6 @@ def nf4_lora_linear_backward(
     block_size: int,
 ) -> Tensor:
     """Returns dx = dy W + scale u A, [.., I], in dy's dtype."""
-    return backward(dy, (packed, absmax, absmax2, offset), LowRank(u, A.T, scale), shape, block_size)
+    return backward(
+        dy, (packed, absmax, absmax2, offset), LowRank(u, A.T, scale), shape, block_size
+    )

@@ -25,7 +25,18 @@ from torch import Tensor
 from . import runtime
 from .choose import choose, takes
 from .nf4 import decode, dequantize, dequantize_into, load_scale
-from .runtime import FLOATS, LowRank, Weight, check, check_weight, launch, tables_on, term_arguments, tl, triton
+from .runtime import (
+    FLOATS,
+    LowRank,
+    Weight,
+    check,
+    check_weight,
+    launch,
+    tables_on,
+    term_arguments,
+    tl,
+    triton,
+)
 from .skinny import skinny
 
 # ---- the tile path
@@ -43,19 +54,35 @@ def _decode_tile(
     start = rows.to(tl.int64)[:, None] * I + first
     words = packed.to(tl.pointer_type(tl.int32)) + start // 8 + tl.arange(0, WIDTH // 8)[None, :]
     word = tl.load(words, mask=inside, other=0)
-    scale = load_scale(start // BLOCK + tl.arange(0, BLOCKS)[None, :], inside, absmax, absmax2, offset, map8, DOUBLE)
+    scale = load_scale(
+        start // BLOCK + tl.arange(0, BLOCKS)[None, :],
+        inside,
+        absmax,
+        absmax2,
+        offset,
+        map8,
+        DOUBLE,
+    )
     word = tl.reshape(word, (ROWS, BLOCKS, WIDTH // 8 // BLOCKS))
     W = tl.reshape(decode(word, scale[:, :, None], code), (ROWS, WIDTH))
-    return W.to(DTYPE)  # after the reshape: triton 3.6 fails to compile the product of a transposed reshape
+    return W.to(
+        DTYPE
+    )  # after the reshape: triton 3.6 fails to compile the product of a transposed reshape
 
 
 @triton.jit
-def _low_rank(left, right, scale, rows, columns, M, N, r, right_row, right_column, BR: tl.constexpr):
+def _low_rank(
+    left, right, scale, rows, columns, M, N, r, right_row, right_column, BR: tl.constexpr
+):
     """scale * left[rows] @ right[columns]^T in float32: left [M, r], right [N, r]."""
     acc = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for j in range(0, r, BR):
         at = j + tl.arange(0, BR)
-        a = tl.load(left + rows.to(tl.int64)[:, None] * r + at[None, :], mask=(rows < M)[:, None] & (at < r)[None, :], other=0.0)
+        a = tl.load(
+            left + rows.to(tl.int64)[:, None] * r + at[None, :],
+            mask=(rows < M)[:, None] & (at < r)[None, :],
+            other=0.0,
+        )
         where = right + columns.to(tl.int64)[:, None] * right_row + at[None, :] * right_column
         b = tl.load(where, mask=(columns < N)[:, None] & (at < r)[None, :], other=0.0)
         acc = tl.dot(a, tl.trans(b), acc)
@@ -87,7 +114,9 @@ def _forward(
         acc = _low_rank(left, right, scale, rows, columns, M, O, r, right_row, right_column, BR)
     at = x + rows.to(tl.int64)[:, None] * stride + tl.arange(0, BI)[None, :]
     for k in range(0, I, BI):
-        W = _decode_tile(columns, k, packed, absmax, absmax2, offset, code, map8, O, I, BLOCK, DOUBLE, BI, dtype)  # [BO, BI]
+        W = _decode_tile(
+            columns, k, packed, absmax, absmax2, offset, code, map8, O, I, BLOCK, DOUBLE, BI, dtype
+        )  # [BO, BI]
         acc = tl.dot(tl.load(at + k, mask=(rows < M)[:, None], other=0.0), tl.trans(W), acc)
     if BIAS:
         acc += tl.load(bias + columns, mask=columns < O, other=0.0).to(tl.float32)[None, :]
@@ -110,42 +139,97 @@ def _backward(
     for k in range(0, O, BO):
         o = k + tl.arange(0, BO)
         at = dy + rows.to(tl.int64)[:, None] * stride + o[None, :]
-        W = _decode_tile(o, n * BI, packed, absmax, absmax2, offset, code, map8, O, I, BLOCK, DOUBLE, BI, dtype)  # [BO, BI]
+        W = _decode_tile(
+            o, n * BI, packed, absmax, absmax2, offset, code, map8, O, I, BLOCK, DOUBLE, BI, dtype
+        )  # [BO, BI]
         acc = tl.dot(tl.load(at, mask=(rows < M)[:, None] & (o < O)[None, :], other=0.0), W, acc)
-    tl.store(dx + rows.to(tl.int64)[:, None] * I + columns[None, :], acc.to(dtype), mask=(rows < M)[:, None])
+    tl.store(
+        dx + rows.to(tl.int64)[:, None] * I + columns[None, :],
+        acc.to(dtype),
+        mask=(rows < M)[:, None],
+    )
 
 
 def _tile_forward(
-    x: Tensor, weight: Weight, bias: Tensor | None, low: LowRank | None, O: int, block_size: int, choice: dict[str, Any]
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    low: LowRank | None,
+    O: int,
+    block_size: int,
+    choice: dict[str, Any],
 ) -> Tensor:
     M, I = x.shape
     y = torch.empty(M, O, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(M, choice["BM"]) * triton.cdiv(O, choice["BO"]),)
     tables = tables_on(x.device)
     left, right, scale, *sizes = term_arguments(low)
-    arguments = x, *weight, tables.code, tables.map8, bias, left, right, scale, y, M, O, I, *sizes, x.stride(0)
-    launch(_forward, grid, *arguments, BIAS=bias is not None, **_meta(weight, low, block_size, choice))
+    arguments = (
+        x,
+        *weight,
+        tables.code,
+        tables.map8,
+        bias,
+        left,
+        right,
+        scale,
+        y,
+        M,
+        O,
+        I,
+        *sizes,
+        x.stride(0),
+    )
+    launch(
+        _forward, grid, *arguments, BIAS=bias is not None, **_meta(weight, low, block_size, choice)
+    )
     return y
 
 
-def _tile_backward(dy: Tensor, weight: Weight, low: LowRank | None, I: int, block_size: int, choice: dict[str, Any]) -> Tensor:
+def _tile_backward(
+    dy: Tensor, weight: Weight, low: LowRank | None, I: int, block_size: int, choice: dict[str, Any]
+) -> Tensor:
     M, O = dy.shape
     dx = torch.empty(M, I, dtype=dy.dtype, device=dy.device)
     grid = (triton.cdiv(M, choice["BM"]) * triton.cdiv(I, choice["BI"]),)
     tables = tables_on(dy.device)
     left, right, scale, *sizes = term_arguments(low)
-    arguments = dy, *weight, tables.code, tables.map8, left, right, scale, dx, M, O, I, *sizes, dy.stride(0)
+    arguments = (
+        dy,
+        *weight,
+        tables.code,
+        tables.map8,
+        left,
+        right,
+        scale,
+        dx,
+        M,
+        O,
+        I,
+        *sizes,
+        dy.stride(0),
+    )
     launch(_backward, grid, *arguments, **_meta(weight, low, block_size, choice))
     return dx
 
 
-def _meta(weight: Weight, low: LowRank | None, block_size: int, choice: dict[str, Any]) -> dict[str, Any]:
+def _meta(
+    weight: Weight, low: LowRank | None, block_size: int, choice: dict[str, Any]
+) -> dict[str, Any]:
     sides = {side: choice[side] for side in ("BM", "BO", "BI")}
     r = low.left.shape[1] if low else 0
-    BR = min(64, max(16, triton.next_power_of_2(r))) if low else 0  # a tensor core takes 16 columns at least
-    settings = {"num_warps": choice["warps"], "num_stages": choice["stages"], "enable_fp_fusion": True}
+    BR = (
+        min(64, max(16, triton.next_power_of_2(r))) if low else 0
+    )  # a tensor core takes 16 columns at least
+    settings = {
+        "num_warps": choice["warps"],
+        "num_stages": choice["stages"],
+        "enable_fp_fusion": True,
+    }
     if not runtime.PORTABLE:
-        settings["maxnreg"] = 255  # left to itself NVIDIA's assembler aims at more programs at once, and spills for it
+        settings["maxnreg"] = (
+            255  # left to itself NVIDIA's assembler aims at more programs at once, and spills for it
+        )
     return {"BLOCK": block_size, "DOUBLE": weight[2] is not None, "BR": BR} | sides | settings
 
 
@@ -166,7 +250,9 @@ def _beside(x: Tensor, low: LowRank) -> Tensor:
     return wide
 
 
-def _dense_forward(x: Tensor, weight: Weight, bias: Tensor | None, low: LowRank | None, O: int, block_size: int) -> Tensor:
+def _dense_forward(
+    x: Tensor, weight: Weight, bias: Tensor | None, low: LowRank | None, O: int, block_size: int
+) -> Tensor:
     """Adding the low-rank term afterwards reads and writes y once more, [M, O]. Where y is wider than x it is cheaper to copy x:
     y = [x | z] [W | s B]^T."""
     I = x.shape[1]
@@ -180,7 +266,9 @@ def _dense_forward(x: Tensor, weight: Weight, bias: Tensor | None, low: LowRank 
     return F.linear(wide, W, bias)
 
 
-def _dense_backward(dy: Tensor, weight: Weight, low: LowRank | None, I: int, block_size: int) -> Tensor:
+def _dense_backward(
+    dy: Tensor, weight: Weight, low: LowRank | None, I: int, block_size: int
+) -> Tensor:
     """The same choice: dx = [dy | u] [W ; s A], where dx is wider than dy."""
     O = dy.shape[1]
     if low is None or not _folds(low, dy, I):
@@ -202,7 +290,9 @@ def _checked(low: LowRank, x: Tensor, columns: int) -> LowRank:
     for factor, t, size in (("left", left, x.shape[0]), ("right", low.right, columns)):
         check(f"the low-rank term's {factor} factor", t, (x.dtype,), x.device)
         if t.shape != (size, left.shape[1]):
-            raise ValueError(f"the low-rank term's {factor} factor is {tuple(t.shape)}, not {(size, left.shape[1])}")
+            raise ValueError(
+                f"the low-rank term's {factor} factor is {tuple(t.shape)}, not {(size, left.shape[1])}"
+            )
     return low._replace(left=left)
 
 
@@ -220,7 +310,9 @@ def _prepare(
     check(name, x, FLOATS, weight[0].device)
     check_weight(*weight, shape, block_size)
     if len(shape) != 2 or x.shape[-1:] != (width,):
-        raise ValueError(f"{name} {tuple(x.shape)} does not fit a weight {tuple(shape)}: its last size must be {width}")
+        raise ValueError(
+            f"{name} {tuple(x.shape)} does not fit a weight {tuple(shape)}: its last size must be {width}"
+        )
     rows = x.reshape(-1, width)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     O, I = shape
@@ -229,7 +321,11 @@ def _prepare(
     half = x.dtype in (torch.float16, torch.bfloat16)  # on tensor cores float32 would lose bits
     fusable = half and rows.numel() > 0 and weight[0].data_ptr() % 4 == 0
     if choice is None:
-        return rows, low, choose(direction, rows.shape[0], O, I, block_size) if fusable else {"path": "dense"}
+        return (
+            rows,
+            low,
+            choose(direction, rows.shape[0], O, I, block_size) if fusable else {"path": "dense"},
+        )
     if not (takes(choice, rows.shape[0], I, block_size) and (fusable or choice["path"] == "dense")):
         raise ValueError(
             f"{choice} does not take {rows.shape[0]} rows of {x.dtype} and a weight {tuple(shape)} in blocks of {block_size}"
@@ -252,7 +348,9 @@ def forward(
     if bias is not None:
         check("bias", bias, (x.dtype,), x.device)
         if bias.shape != (O,):
-            raise ValueError(f"bias is {tuple(bias.shape)}: a weight {tuple(shape)} takes one of {(O,)}")
+            raise ValueError(
+                f"bias is {tuple(bias.shape)}: a weight {tuple(shape)} takes one of {(O,)}"
+            )
         bias = bias.contiguous()
     if choice["path"] == "skinny":
         y = skinny(rows, weight, bias, low, O, block_size)

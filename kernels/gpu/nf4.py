@@ -12,14 +12,28 @@ import torch
 from torch import Tensor
 
 from ..reference import nf4 as reference
-from .runtime import FLOATS, PORTABLE, check, check_block_size, check_weight, launch, tables_on, tl, triton
+from .runtime import (
+    FLOATS,
+    PORTABLE,
+    check,
+    check_block_size,
+    check_weight,
+    launch,
+    tables_on,
+    tl,
+    triton,
+)
 
 GROUP = tl.constexpr(reference.GROUP)
 _THRESHOLDS = tl.constexpr(tuple(reference.midpoints(reference.CODE).tolist()))
-_TINY_BITS = tl.constexpr(int(np.float32(reference.TINY).view(np.int32)))  # a literal so small would become float64
+_TINY_BITS = tl.constexpr(
+    int(np.float32(reference.TINY).view(np.int32))
+)  # a literal so small would become float64
 _TILE = 4096  # weights that one program quantizes
 _WARPS = 4
-_WORDS = _WARPS * (64 if PORTABLE else 32)  # words that one program decodes at a time, one a thread (AMD's warps are 64 wide) ...
+_WORDS = _WARPS * (
+    64 if PORTABLE else 32
+)  # words that one program decodes at a time, one a thread (AMD's warps are 64 wide) ...
 _TIMES = 8  # ... so many times, with all loads under way at once
 
 
@@ -97,7 +111,9 @@ def load_scale(b, mask, absmax, absmax2, offset, map8, DOUBLE: tl.constexpr):
     """The absmax of blocks b, float32: as it is stored, or map8[code] * absmax2 + offset with two roundings."""
     if DOUBLE:
         code = tl.load(absmax + b, mask=mask, other=0).to(tl.int32)
-        return tl.load(map8 + code) * tl.load(absmax2 + b // GROUP, mask=mask, other=0.0) + tl.load(offset)
+        return tl.load(map8 + code) * tl.load(absmax2 + b // GROUP, mask=mask, other=0.0) + tl.load(
+            offset
+        )
     else:  # noqa: RET505 - Triton drops the branch that is not taken, and what follows a return it does not
         return tl.load(absmax + b, mask=mask, other=0.0)
 
@@ -112,7 +128,9 @@ def decode(word, scale, code):
     w2, w3 = tl.load(code + (word >> 12 & 15)) * scale, tl.load(code + (word >> 8 & 15)) * scale
     w4, w5 = tl.load(code + (word >> 20 & 15)) * scale, tl.load(code + (word >> 16 & 15)) * scale
     w6, w7 = tl.load(code + (word >> 28 & 15)) * scale, tl.load(code + (word >> 24 & 15)) * scale
-    even = tl.join(tl.join(w0, w4), tl.join(w2, w6))  # joining appends an index: the last is the lowest bit of the weight's number
+    even = tl.join(
+        tl.join(w0, w4), tl.join(w2, w6)
+    )  # joining appends an index: the last is the lowest bit of the weight's number
     odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
     return tl.join(even, odd)
 
@@ -157,12 +175,27 @@ def dequantize_into(
         gaps = not out.is_contiguous()
         row, gap = (out.shape[1] // 8, (out.stride(0) - out.shape[1]) // 8) if gaps else (0, 0)
         if gaps and (out.shape[1] % 8 or out.stride(0) % 8 or n > 2**34):
-            raise ValueError(f"rows of {out.shape[1]} and {out.stride(0)} apart: with gaps, whole words of 8, at most 2^31 of them")
+            raise ValueError(
+                f"rows of {out.shape[1]} and {out.stride(0)} apart: with gaps, whole words of 8, at most 2^31 of them"
+            )
         tables = tables_on(packed.device)
         arguments = packed, absmax, absmax2, offset, tables.code, tables.map8, out, n, row, gap
-        meta = {"BLOCK": block_size, "DOUBLE": absmax2 is not None, "WHOLE": n % 8 == 0 and packed.data_ptr() % 4 == 0}
+        meta = {
+            "BLOCK": block_size,
+            "DOUBLE": absmax2 is not None,
+            "WHOLE": n % 8 == 0 and packed.data_ptr() % 4 == 0,
+        }
         grid = (triton.cdiv(n, 8 * _WORDS * _TIMES),)
-        launch(_dequantize, grid, *arguments, **meta, GAP=gaps, WORDS=_WORDS, TIMES=_TIMES, num_warps=_WARPS)
+        launch(
+            _dequantize,
+            grid,
+            *arguments,
+            **meta,
+            GAP=gaps,
+            WORDS=_WORDS,
+            TIMES=_TIMES,
+            num_warps=_WARPS,
+        )
 
 
 def dequantize(
@@ -178,7 +211,9 @@ def dequantize(
     if dtype not in FLOATS:
         raise TypeError(f"dtype={dtype}: the kernel writes float32, float16, bfloat16 or float64")
     check_weight(packed, absmax, absmax2, offset, shape, block_size)
-    out = torch.empty(tuple(shape), dtype=torch.float32 if dtype == torch.float64 else dtype, device=packed.device)
+    out = torch.empty(
+        tuple(shape), dtype=torch.float32 if dtype == torch.float64 else dtype, device=packed.device
+    )
     dequantize_into(out, packed, absmax, absmax2, offset, block_size)
     return out.to(dtype)
 
@@ -195,6 +230,15 @@ def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     check("absmax2", absmax2, (torch.float32,), codes.device)
     check("offset", offset, (torch.float32,), codes.device)
     out = torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
-    arguments = codes.contiguous(), absmax2.contiguous(), offset, tables_on(codes.device).map8, out, out.numel()
-    launch(_double_dequantize, (triton.cdiv(out.numel(), 1024),), *arguments, BLOCKS=1024, num_warps=4)
+    arguments = (
+        codes.contiguous(),
+        absmax2.contiguous(),
+        offset,
+        tables_on(codes.device).map8,
+        out,
+        out.numel(),
+    )
+    launch(
+        _double_dequantize, (triton.cdiv(out.numel(), 1024),), *arguments, BLOCKS=1024, num_warps=4
+    )
     return out

@@ -36,9 +36,16 @@ def ptx(dtype: torch.dtype) -> str:
         if half:
             text += ["shr.u32 code, code, 16;", "shr.u32 which, which, 16;"]
         for name, (p0, p1, p2, p3) in (("low", plane(0)), ("high", plane(8))):
-            text += [f"prmt.b32 x, {p0}, {p1}, code;", f"prmt.b32 y, {p2}, {p3}, code;", f"prmt.b32 {name}, x, y, which;"]
+            text += [
+                f"prmt.b32 x, {p0}, {p1}, code;",
+                f"prmt.b32 y, {p2}, {p3}, code;",
+                f"prmt.b32 {name}, x, y, which;",
+            ]
         # Nibbles 1, 0 and 3, 2 are weights 0, 1 and 2, 3: the first of a byte is in its high nibble.
-        text += [f"prmt.b32 ${half}, low, high, 0x4051;", f"prmt.b32 ${half + 1}, low, high, 0x6273;"]
+        text += [
+            f"prmt.b32 ${half}, low, high, 0x4051;",
+            f"prmt.b32 ${half + 1}, low, high, 0x6273;",
+        ]
     return "{" + " ".join(text) + "}"
 
 
@@ -48,7 +55,10 @@ BFLOAT16, FLOAT16 = tl.constexpr(ptx(torch.bfloat16)), tl.constexpr(ptx(torch.fl
 @triton.jit
 def _pair(first, second, code16):
     """Two levels in one int32, the first in the low half."""
-    a, b = tl.load(code16 + first).to(tl.int16, bitcast=True), tl.load(code16 + second).to(tl.int16, bitcast=True)
+    a, b = (
+        tl.load(code16 + first).to(tl.int16, bitcast=True),
+        tl.load(code16 + second).to(tl.int16, bitcast=True),
+    )
     return a.to(tl.int32) & 0xFFFF | b.to(tl.int32) << 16
 
 
@@ -58,7 +68,12 @@ def levels(word, code16, PTX: tl.constexpr):
     if PTX:
         asm: tl.constexpr = BFLOAT16 if code16.dtype.element_ty == tl.bfloat16 else FLOAT16
         p0, p1, p2, p3 = tl.inline_asm_elementwise(
-            asm, "=r,=r,=r,=r,r", [word], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+            asm,
+            "=r,=r,=r,=r,r",
+            [word],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
         )
     else:
         p0 = _pair(word >> 4 & 15, word & 15, code16)

@@ -15,7 +15,9 @@ try:
     import triton
     import triton.language as tl
 except ModuleNotFoundError as error:
-    raise ImportError("NF4 on a GPU runs through Triton, which is not installed: pip install triton") from error
+    raise ImportError(
+        "NF4 on a GPU runs through Triton, which is not installed: pip install triton"
+    ) from error
 
 from ..reference import nf4 as reference
 
@@ -35,7 +37,9 @@ __all__ = [
     "triton",
 ]
 
-INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run in numpy, on CPU tensors
+INTERPRETED: bool = (
+    triton.knobs.runtime.interpret
+)  # TRITON_INTERPRET=1: kernels run in numpy, on CPU tensors
 PORTABLE = torch.version.hip is not None  # AMD: no PTX
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # packed, absmax, absmax2, offset
@@ -63,27 +67,44 @@ def check(name: str, t: Tensor, dtypes: Sequence[torch.dtype], device: torch.dev
     if t.device != device:
         raise ValueError(f"{name} is on {t.device}, the rest on {device}: move all to one device")
     if t.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"{name} is on {t.device}: a Triton kernel runs on a GPU (or interpreted, with TRITON_INTERPRET=1)")
+        raise ValueError(
+            f"{name} is on {t.device}: a Triton kernel runs on a GPU (or interpreted, with TRITON_INTERPRET=1)"
+        )
 
 
 def check_block_size(block_size: int) -> None:
     if block_size not in _BLOCK_SIZES:
-        raise ValueError(f"block_size={block_size}: the kernels take {', '.join(map(str, _BLOCK_SIZES))}")
+        raise ValueError(
+            f"block_size={block_size}: the kernels take {', '.join(map(str, _BLOCK_SIZES))}"
+        )
 
 
 def check_weight(
-    packed: Tensor, absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None, shape: Sequence[int], block_size: int
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
 ) -> None:
     """Raises TypeError or ValueError unless the tensors are an NF4 weight of `shape`, contiguous, on one GPU."""
     check_block_size(block_size)
     n = torch.Size(shape).numel()
     blocks = -(-n // block_size)
     if (absmax2 is None) != (offset is None):
-        raise ValueError("absmax2 and offset belong together: a double-quantized weight has both, a plain one neither")
+        raise ValueError(
+            "absmax2 and offset belong together: a double-quantized weight has both, a plain one neither"
+        )
     double = absmax2 is not None and offset is not None
-    fields = [("packed", packed, torch.uint8, -(-n // 2)), ("absmax", absmax, torch.uint8 if double else torch.float32, blocks)]
+    fields = [
+        ("packed", packed, torch.uint8, -(-n // 2)),
+        ("absmax", absmax, torch.uint8 if double else torch.float32, blocks),
+    ]
     if absmax2 is not None and offset is not None:
-        fields += [("absmax2", absmax2, torch.float32, -(-blocks // reference.GROUP)), ("offset", offset, torch.float32, 1)]
+        fields += [
+            ("absmax2", absmax2, torch.float32, -(-blocks // reference.GROUP)),
+            ("offset", offset, torch.float32, 1),
+        ]
     for name, t, dtype, size in fields:
         check(name, t, (dtype,), packed.device)
         if t.numel() != size or not t.is_contiguous():
@@ -115,6 +136,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> N
     start(kernel, grid, args, {"enable_fp_fusion": False} | settings)
 
 
-def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]) -> None:
+def start(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]
+) -> None:
     with torch.cuda.device_of(args[0]):  # nothing for a CPU tensor
         kernel[grid](*args, **settings)

@@ -37,7 +37,9 @@ PROGRAMS = 512  # about four for each processor of a large GPU
 def _block(word, x, level, PTX: tl.constexpr):
     """level16[codes] x^T for one block of 64 columns, in the product's order: word [64, 8], x [64, MB] -> [64, MB] float32."""
     p0, p1, p2, p3 = levels(word, level, PTX)  # pair 2q + p of a word
-    pairs = tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (2, 4, 8, 4, 2, 2, 2))  # h w l, t v, q p
+    pairs = tl.reshape(
+        tl.join(tl.join(p0, p2), tl.join(p1, p3)), (2, 4, 8, 4, 2, 2, 2)
+    )  # h w l, t v, q p
     pairs = tl.reshape(tl.permute(pairs, (1, 0, 2, 4, 5, 6, 3)), (64, 32))  # w h l, v q p t
     low, high = (pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16)
     W = tl.reshape(tl.join(low, high), (64, 64)).to(x.dtype, bitcast=True)
@@ -57,7 +59,9 @@ def _partial(
     k = tl.arange(0, 64)
     columns = (k & 1) + (k >> 3 & 1) * 2 + (k >> 4 & 1) * 4 + (k >> 5) * 8 + (k >> 1 & 3) * 16
     m = tl.arange(0, MB)
-    first_word = tl.minimum(loaded, O - 1).to(tl.int64) * row_words  # below the last row: that row again, and not stored
+    first_word = (
+        tl.minimum(loaded, O - 1).to(tl.int64) * row_words
+    )  # below the last row: that row again, and not stored
     words = packed.to(tl.pointer_type(tl.int32)) + first_word[:, None] + tl.arange(0, 8)[None, :]
     xs = x + m.to(tl.int64)[None, :] * stride + columns[:, None]
     first_block = tl.minimum(rows, O - 1).to(tl.int64) * row_blocks
@@ -66,10 +70,16 @@ def _partial(
         for j in tl.static_range(BLOCKS):
             at = tl.multiple_of(start, 64) + 64 * j
             word = tl.load(words + at // 8, eviction_policy="evict_first")
-            scale = load_scale(first_block + at // BLOCK, True, absmax, absmax2, offset, map8, DOUBLE)
+            scale = load_scale(
+                first_block + at // BLOCK, True, absmax, absmax2, offset, map8, DOUBLE
+            )
             xt = tl.load(xs + at, mask=(m < M)[None, :], other=0.0)
             acc += _block(word, xt, level, PTX) * scale[:, None]
-    tl.store(out + (s * M + m).to(tl.int64)[None, :] * O + rows[:, None], acc, mask=(m < M)[None, :] & (rows < O)[:, None])
+    tl.store(
+        out + (s * M + m).to(tl.int64)[None, :] * O + rows[:, None],
+        acc,
+        mask=(m < M)[None, :] & (rows < O)[:, None],
+    )
 
 
 @triton.jit
@@ -96,10 +106,15 @@ def _sum(
     tl.store(y + m.to(tl.int64) * O + o, acc.to(y.dtype.element_ty), mask=o < O)
 
 
-def skinny(x: Tensor, weight: Weight, bias: Tensor | None, low: LowRank | None, O: int, block_size: int) -> Tensor:
+def skinny(
+    x: Tensor, weight: Weight, bias: Tensor | None, low: LowRank | None, O: int, block_size: int
+) -> Tensor:
     """Returns x W^T + bias + scale * left right^T, [M, O], for x [M, I], M <= 16, float16 or bfloat16."""
     M, I = x.shape
-    tiles, blocks = triton.cdiv(O, ROWS.value), math.gcd(I // 64, 4)  # up to four blocks are loaded before the first is multiplied
+    tiles, blocks = (
+        triton.cdiv(O, ROWS.value),
+        math.gcd(I // 64, 4),
+    )  # up to four blocks are loaded before the first is multiplied
     steps = I // (64 * blocks)
     span = triton.cdiv(steps, min(steps, triton.cdiv(PROGRAMS, tiles))) * 64 * blocks
     spans = triton.cdiv(I, span)
@@ -107,10 +122,36 @@ def skinny(x: Tensor, weight: Weight, bias: Tensor | None, low: LowRank | None, 
     y = torch.empty(M, O, dtype=x.dtype, device=x.device)
     tables = tables_on(x.device)
     sizes = M, O, I // 8, I // block_size, span, x.stride(0)
-    meta = {"BLOCK": block_size, "DOUBLE": weight[2] is not None, "MB": 8 if M <= 8 else 16, "BLOCKS": blocks, "PTX": not PORTABLE}
+    meta = {
+        "BLOCK": block_size,
+        "DOUBLE": weight[2] is not None,
+        "MB": 8 if M <= 8 else 16,
+        "BLOCKS": blocks,
+        "PTX": not PORTABLE,
+    }
     arguments = x, *weight, tables.rounded[x.dtype], tables.map8, partial, *sizes
     launch(_partial, (tiles, spans), *arguments, **meta, num_warps=4, enable_fp_fusion=True)
     left, right, scale, r, *strides = term_arguments(low)
-    meta = {"BO": 128, "BR": min(64, triton.next_power_of_2(r)) if r else 0, "BIAS": bias is not None}
-    launch(_sum, (triton.cdiv(O, 128), M), partial, bias, left, right, scale, y, M, O, r, *strides, spans, **meta, num_warps=4)
+    meta = {
+        "BO": 128,
+        "BR": min(64, triton.next_power_of_2(r)) if r else 0,
+        "BIAS": bias is not None,
+    }
+    launch(
+        _sum,
+        (triton.cdiv(O, 128), M),
+        partial,
+        bias,
+        left,
+        right,
+        scale,
+        y,
+        M,
+        O,
+        r,
+        *strides,
+        spans,
+        **meta,
+        num_warps=4,
+    )
     return y

@@ -17,7 +17,9 @@ def forward(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return x @ W.T + scale * (x @ A.T) @ B.T
 
 
-def gradients(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(
+    x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     r"""Returns (dx [M, I], dA [r, I], dB [O, r]) for the gradient dy [M, O] of the loss by y.
 
     dx = dy W + s (dy B) A        dA = s (dy B)^T x        dB = s dy^T (x A^T)
@@ -53,7 +55,9 @@ def nf4_lora_linear(
     block_size: int,
 ) -> Tensor:
     """Returns x W^T + bias + scale z B^T, [.., O], in x's dtype."""
-    return nf4_linear(x, packed, absmax, absmax2, offset, bias, shape, block_size) + scale * (z @ B.T)
+    return nf4_linear(x, packed, absmax, absmax2, offset, bias, shape, block_size) + scale * (
+        z @ B.T
+    )
 
 
 def nf4_lora_linear_backward(
@@ -69,4 +73,6 @@ def nf4_lora_linear_backward(
     block_size: int,
 ) -> Tensor:
     """Returns dx = dy W + scale u A, [.., I], in dy's dtype."""
-    return nf4_linear_backward(dy, packed, absmax, absmax2, offset, shape, block_size) + scale * (u @ A)
+    return nf4_linear_backward(dy, packed, absmax, absmax2, offset, shape, block_size) + scale * (
+        u @ A
+    )

@@ -25,7 +25,9 @@ def nf4_linear(
     block_size: int,
 ) -> Tensor:
     """Returns x W^T + bias, [.., O], in x's dtype; W is rounded to that dtype first."""
-    return F.linear(x, dequantize(packed, absmax, absmax2, offset, shape, x.dtype, block_size), bias)
+    return F.linear(
+        x, dequantize(packed, absmax, absmax2, offset, shape, x.dtype, block_size), bias
+    )
 
 
 def nf4_linear_backward(

@@ -111,7 +111,9 @@ def _normalised(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     rows[: x.numel()] = x
     rows = rows.view(b, block)
     absmax = rows.abs().amax(1)
-    reciprocal = 1 / absmax.clamp(min=TINY)  # bitsandbytes multiplies by 1/absmax: not the same bits as x/absmax
+    reciprocal = 1 / absmax.clamp(
+        min=TINY
+    )  # bitsandbytes multiplies by 1/absmax: not the same bits as x/absmax
     return rows * reciprocal[:, None], absmax
 
 
@@ -122,7 +124,11 @@ def quantize(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """
     x = x.detach().reshape(-1).float()
     y, absmax = _normalised(x, block_size)
-    q = torch.bucketize(y, midpoints(CODE).to(x.device)).to(torch.uint8).view(-1)[: x.numel() + x.numel() % 2]
+    q = (
+        torch.bucketize(y, midpoints(CODE).to(x.device))
+        .to(torch.uint8)
+        .view(-1)[: x.numel() + x.numel() % 2]
+    )
     return q[0::2] << 4 | q[1::2], absmax
 
 

@@ -47,7 +47,9 @@ def check_product(name: str, y: Tensor, x: Tensor, W: Tensor) -> None:
     check(name, bool(((y.double() - exact).abs() <= bound).all()))
 
 
-def products(layer: Callable[[Tensor], Tensor], W: Tensor, W_one: Tensor | None = None) -> dict[str, Case]:
+def products(
+    layer: Callable[[Tensor], Tensor], W: Tensor, W_one: Tensor | None = None
+) -> dict[str, Case]:
     """Forward, and forward + backward, for some numbers of rows; `W_one` is the weight that one row is multiplied with."""
     cases: dict[str, Case] = {}
     for rows in (1, 256, 1024):
@@ -85,12 +87,19 @@ def ours() -> dict[str, Case]:
             q = minilora.quantize_nf4(w, double_quant=double)
             check("quantize", torch.equal(q.packed, packed))
             stored = reference.double_quantize(absmax) if double else (absmax, None, None)
-            check("dequantize", torch.equal(q.dequantize(), reference.dequantize(packed, *stored, (N, N), dtype, 64)))
+            check(
+                "dequantize",
+                torch.equal(
+                    q.dequantize(), reference.dequantize(packed, *stored, (N, N), dtype, 64)
+                ),
+            )
             kind = "double" if double else "plain"
             cases[f"dequantize, {kind}, {name}"] = (lambda q=q: q.dequantize()), 20
         cases[f"quantize, double, {name}"] = (lambda w=w: minilora.quantize_nf4(w)), 9
     q = minilora.quantize_nf4(weight(torch.bfloat16))
-    return cases | products(lambda x: minilora.nf4_linear(x, q), q.dequantize(), q.dequantize(torch.float32))
+    return cases | products(
+        lambda x: minilora.nf4_linear(x, q), q.dequantize(), q.dequantize(torch.float32)
+    )
 
 
 def bitsandbytes() -> dict[str, Case]:
@@ -101,16 +110,27 @@ def bitsandbytes() -> dict[str, Case]:
     for name, dtype in FLOATS.items():
         w = weight(dtype)
         for double in (False, True):
-            q, state = B.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=double)
+            q, state = B.quantize_4bit(
+                w, blocksize=64, quant_type="nf4", compress_statistics=double
+            )
             check("quantize", torch.equal(q.view(-1), reference.quantize(w, 64)[0]))
             kind = "double" if double else "plain"
-            cases[f"dequantize, {kind}, {name}"] = (lambda q=q, state=state: B.dequantize_4bit(q, state)), 20
+            cases[f"dequantize, {kind}, {name}"] = (
+                (lambda q=q, state=state: B.dequantize_4bit(q, state)),
+                20,
+            )
         cases[f"quantize, double, {name}"] = (
-            (lambda w=w: B.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)),
+            (
+                lambda w=w: B.quantize_4bit(
+                    w, blocksize=64, quant_type="nf4", compress_statistics=True
+                )
+            ),
             9,
         )
     layer = bnb.nn.Linear4bit(N, N, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-    layer.weight = bnb.nn.Params4bit(weight(torch.bfloat16), requires_grad=False, quant_type="nf4", compress_statistics=True)
+    layer.weight = bnb.nn.Params4bit(
+        weight(torch.bfloat16), requires_grad=False, quant_type="nf4", compress_statistics=True
+    )
     layer = layer.to("cpu").train()
     return cases | products(layer, B.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
 
@@ -120,7 +140,11 @@ def dense() -> dict[str, Case]:
     return products(lambda x: torch.nn.functional.linear(x, W), W)
 
 
-SIDES: dict[str, Callable[[], dict[str, Case]]] = {"minilora": ours, "bitsandbytes": bitsandbytes, "dense": dense}
+SIDES: dict[str, Callable[[], dict[str, Case]]] = {
+    "minilora": ours,
+    "bitsandbytes": bitsandbytes,
+    "dense": dense,
+}
 
 
 def measure(side: str, threads: int) -> dict[str, float]:
@@ -142,7 +166,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--side", choices=SIDES, help="measure one side and print JSON (what each process runs)")
+    parser.add_argument(
+        "--side", choices=SIDES, help="measure one side and print JSON (what each process runs)"
+    )
     args = parser.parse_args()
     if args.side:
         warnings.simplefilter("ignore")
@@ -158,15 +184,25 @@ def main() -> None:
                 sys.exit(f"{side}: {done.stderr.strip().splitlines()[-1]}")
             for name, ms in json.loads(done.stdout.splitlines()[-1]).items():
                 best[side][name] = min(ms, best[side].get(name, ms))
-    versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("torch", "numba", "bitsandbytes", "numpy"))
+    versions = ", ".join(
+        f"{p} {metadata.version(p)}" for p in ("torch", "numba", "bitsandbytes", "numpy")
+    )
     bf16 = [n for n in ("avx512_bf16", "amx_bf16") if torch.cpu.get_capabilities().get(n)]
-    print(f"{N} x {N}, blocks of 64, {args.threads} threads; {platform.machine()} with {', '.join(bf16) or 'no bfloat16 unit'}")
-    print(f"Python {platform.python_version()}, {versions}; milliseconds, best of {args.turns} medians\n")
+    print(
+        f"{N} x {N}, blocks of 64, {args.threads} threads; {platform.machine()} with {', '.join(bf16) or 'no bfloat16 unit'}"
+    )
+    print(
+        f"Python {platform.python_version()}, {versions}; milliseconds, best of {args.turns} medians\n"
+    )
     print("| case | minilora | bitsandbytes | its time / ours | dense bfloat16 | ours / dense |")
     print("|---|---|---|---|---|---|")
     for name, mine in best["minilora"].items():
         theirs, plain = best["bitsandbytes"].get(name), best["dense"].get(name)
-        row = [name, f"{mine:.2f}", f"{theirs:.2f}", f"{theirs / mine:.2f}"] if theirs else [name, f"{mine:.2f}", "", ""]
+        row = (
+            [name, f"{mine:.2f}", f"{theirs:.2f}", f"{theirs / mine:.2f}"]
+            if theirs
+            else [name, f"{mine:.2f}", "", ""]
+        )
         row += [f"{plain:.2f}", f"{mine / plain:.2f}"] if plain else ["", ""]
         print("| " + " | ".join(row) + " |")
 

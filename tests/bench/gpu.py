@@ -39,7 +39,9 @@ TUNED = (4096, 4096)
 DEVICE = "cuda"
 TILES = [  # what --tune tries
     {"path": "tile", "BM": BM, "BO": BO, "BI": BI, "warps": warps, "stages": stages}
-    for BM, BO, BI, warps, stages in itertools.product((16, 32, 64, 128), (32, 64, 128), (64, 128), (4, 8), (2, 3, 4))
+    for BM, BO, BI, warps, stages in itertools.product(
+        (16, 32, 64, 128), (32, 64, 128), (64, 128), (4, 8), (2, 3, 4)
+    )
 ]
 Sides = dict[str, Callable[[], Any]]
 
@@ -56,7 +58,11 @@ def check_product(name: str, y: Tensor, x: Tensor, W: Tensor) -> None:
     """A bfloat16 product against float64. The result is rounded once, by 2^-8 at most; W or its levels once each, by some 2^-9,
     errors that add up as their squares do: eight standard deviations of them."""
     exact, spread = x.double() @ W.double().T, (x.double().square() @ W.double().square().T).sqrt()
-    check(name, y.shape == exact.shape and bool(((y.double() - exact).abs() <= 2**-8 * exact.abs() + 8 * 2**-9 * spread).all()))
+    check(
+        name,
+        y.shape == exact.shape
+        and bool(((y.double() - exact).abs() <= 2**-8 * exact.abs() + 8 * 2**-9 * spread).all()),
+    )
 
 
 def check_everything() -> None:
@@ -71,11 +77,22 @@ def check_everything() -> None:
                 stored = reference.double_quantize(absmax) if double else (absmax, None, None)
                 pairs = zip(w.tensors, (packed, *stored), strict=True)
                 check("quantize", all(a is b is None or torch.equal(a, b) for a, b in pairs))
-                check("dequantize", torch.equal(w.dequantize(), reference.dequantize(packed, *stored, (O, I), dtype, 64)))
+                check(
+                    "dequantize",
+                    torch.equal(
+                        w.dequantize(), reference.dequantize(packed, *stored, (O, I), dtype, 64)
+                    ),
+                )
             if bnb:
                 theirs, state = bnb.functional.quantize_4bit(W, blocksize=64, quant_type="nf4")
-                zero = absmax.repeat_interleave(32)[: packed.numel()] == 0  # its CUDA build codes a block of zeros as 0
-                check("bitsandbytes' bytes", bool(((theirs.view(-1) == packed) | zero).all()) and torch.equal(state.absmax, absmax))
+                zero = (
+                    absmax.repeat_interleave(32)[: packed.numel()] == 0
+                )  # its CUDA build codes a block of zeros as 0
+                check(
+                    "bitsandbytes' bytes",
+                    bool(((theirs.view(-1) == packed) | zero).all())
+                    and torch.equal(state.absmax, absmax),
+                )
         w = minilora.quantize_nf4(gaussian(O, I))
         W = w.dequantize(torch.float32)
         A, B = gaussian(R, I), gaussian(O, R)
@@ -110,7 +127,9 @@ def backward(dy: Tensor, w: minilora.NF4Weight) -> Tensor:
 
 class Clock:
     def __init__(self) -> None:
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)  # more than any L2 cache
+        self.flush = torch.empty(
+            256 << 20, dtype=torch.uint8, device=DEVICE
+        )  # more than any L2 cache
         self.empty = self._graph(lambda: None)
 
     def _graph(self, call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -139,7 +158,9 @@ class Clock:
         times: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(REPEATS):
             for name, graph in graphs.items():
-                times[name].append(1000 * (self._milliseconds(graph) - self._milliseconds(self.empty)) / CALLS)
+                times[name].append(
+                    1000 * (self._milliseconds(graph) - self._milliseconds(self.empty)) / CALLS
+                )
         return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -147,7 +168,9 @@ def limits(clock: Clock) -> tuple[float, float]:
     """This card's own bytes a second (a copy) and bfloat16 operations a second (a large product)."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
     target, square = torch.empty_like(source), gaussian(8192, 8192)
-    found = clock.microseconds({"copy": lambda: target.copy_(source), "product": lambda: square @ square})
+    found = clock.microseconds(
+        {"copy": lambda: target.copy_(source), "product": lambda: square @ square}
+    )
     return 2 * source.nbytes / found["copy"] * 1e6, 2 * 8192**3 / found["product"] * 1e6
 
 
@@ -159,10 +182,14 @@ def cases(O: int, I: int) -> Any:
     A, B = gaussian(R, I), gaussian(O, R)
     state = q = None
     if bnb:
-        q, state = bnb.functional.quantize_4bit(dense, blocksize=64, quant_type="nf4", compress_statistics=True)
+        q, state = bnb.functional.quantize_4bit(
+            dense, blocksize=64, quant_type="nf4", compress_statistics=True
+        )
     sides: Sides = {"minilora": lambda: ops.quantize(dense, 64)}
     if bnb:
-        sides["bitsandbytes"] = lambda: bnb.functional.quantize_4bit(dense, blocksize=64, quant_type="nf4")
+        sides["bitsandbytes"] = lambda: bnb.functional.quantize_4bit(
+            dense, blocksize=64, quant_type="nf4"
+        )
     yield "quantize", dense.nbytes + w.packed.nbytes + 4 * w.absmax.numel(), 0, sides
     sides = {"minilora": lambda: w.dequantize()}
     if bnb:
@@ -172,7 +199,10 @@ def cases(O: int, I: int) -> Any:
         x, dy = gaussian(M, I), gaussian(M, O)
         moved, work = w.nbytes + x.nbytes + dy.nbytes, 2 * M * O * I
         z = x @ A.T
-        sides = {"minilora": lambda x=x: minilora.nf4_linear(x, w), "cuBLAS": lambda x=x: F.linear(x, dense)}
+        sides = {
+            "minilora": lambda x=x: minilora.nf4_linear(x, w),
+            "cuBLAS": lambda x=x: F.linear(x, dense),
+        }
         sides["dequantize + cuBLAS"] = lambda x=x: F.linear(x, w.dequantize())
         if bnb:
             sides["bitsandbytes"] = lambda x=x: bnb.matmul_4bit(x, q.t(), quant_state=state)
@@ -182,23 +212,42 @@ def cases(O: int, I: int) -> Any:
         if bnb:
             sides["bitsandbytes"] = lambda dy=dy: dy @ bnb.functional.dequantize_4bit(q, state)
         yield f"backward, M={M}", moved, work, sides
-        sides = {"minilora": lambda x=x, z=z: ops.nf4_lora_linear(x, *w.tensors, None, z, B, 2.0, w.shape, 64)}
+        sides = {
+            "minilora": lambda x=x, z=z: ops.nf4_lora_linear(
+                x, *w.tensors, None, z, B, 2.0, w.shape, 64
+            )
+        }
         sides["cuBLAS"] = lambda x=x, z=z: F.linear(x, dense).addmm_(z, B.T, alpha=2.0)
-        sides["dequantize + cuBLAS"] = lambda x=x, z=z: F.linear(x, w.dequantize()).addmm_(z, B.T, alpha=2.0)
+        sides["dequantize + cuBLAS"] = lambda x=x, z=z: F.linear(x, w.dequantize()).addmm_(
+            z, B.T, alpha=2.0
+        )
         yield f"forward + LoRA, M={M}", moved + z.nbytes + B.nbytes, work + 2 * M * O * R, sides
 
 
 def report(out: Path) -> None:
     clock = Clock()
     bandwidth, arithmetic = limits(clock)
-    versions = {p: metadata.version(p) for p in ("torch", "triton", "bitsandbytes") if p != "bitsandbytes" or bitsandbytes()}
+    versions = {
+        p: metadata.version(p)
+        for p in ("torch", "triton", "bitsandbytes")
+        if p != "bitsandbytes" or bitsandbytes()
+    }
     card = torch.cuda.get_device_name()
-    print(f"{card}; {', '.join(f'{p} {v}' for p, v in versions.items())}; {time.strftime('%Y-%m-%d')}")
+    print(
+        f"{card}; {', '.join(f'{p} {v}' for p, v in versions.items())}; {time.strftime('%Y-%m-%d')}"
+    )
     print(
         f"copy {bandwidth / 1e12:.2f} TB/s, bfloat16 product {arithmetic / 1e12:.0f} TFLOP/s; microseconds, medians of {REPEATS}\n"
     )
     others = "bitsandbytes", "dequantize + cuBLAS", "cuBLAS"
-    columns = "out x in", "case", "minilora", "GB/s or TFLOP/s", "of the floor", *(f"{side} / ours" for side in others)
+    columns = (
+        "out x in",
+        "case",
+        "minilora",
+        "GB/s or TFLOP/s",
+        "of the floor",
+        *(f"{side} / ours" for side in others),
+    )
     print("| " + " | ".join(columns) + " |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []
@@ -207,13 +256,29 @@ def report(out: Path) -> None:
             found = clock.microseconds(sides)
             mine = found["minilora"]
             floor = 1e6 * max(moved / bandwidth, work / arithmetic)
-            rate = f"{work / mine / 1e6:.0f} TFLOP/s" if work / arithmetic > moved / bandwidth else f"{moved / mine / 1e3:.0f} GB/s"
+            rate = (
+                f"{work / mine / 1e6:.0f} TFLOP/s"
+                if work / arithmetic > moved / bandwidth
+                else f"{moved / mine / 1e3:.0f} GB/s"
+            )
             ratios = [
-                f"{found[side] / mine:.2f}" if side in found else "" for side in ("bitsandbytes", "dequantize + cuBLAS", "cuBLAS")
+                f"{found[side] / mine:.2f}" if side in found else ""
+                for side in ("bitsandbytes", "dequantize + cuBLAS", "cuBLAS")
             ]
-            print(f"| {O} x {I} | {name} | {mine:.1f} | {rate} | {floor / mine:.0%} | " + " | ".join(ratios) + " |", flush=True)
+            print(
+                f"| {O} x {I} | {name} | {mine:.1f} | {rate} | {floor / mine:.0%} | "
+                + " | ".join(ratios)
+                + " |",
+                flush=True,
+            )
             rows.append({"shape": [O, I], "case": name, "floor": floor, "microseconds": found})
-    head = {"card": card, "versions": versions, "date": time.strftime("%Y-%m-%d"), "bytes/s": bandwidth, "flop/s": arithmetic}
+    head = {
+        "card": card,
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+        "bytes/s": bandwidth,
+        "flop/s": arithmetic,
+    }
     out.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
     print(f"\nwritten to {out}")
 
@@ -225,7 +290,9 @@ def tune() -> None:
     """For each number of rows the fastest path of 4096 x 4096; neighbours with the same winner become one line."""
     clock = Clock()
     table = json.loads(choose.TABLE.read_text())
-    table["measured on"] = f"{torch.cuda.get_device_name()}, {time.strftime('%Y-%m-%d')}, {TUNED[0]} x {TUNED[1]}"
+    table["measured on"] = (
+        f"{torch.cuda.get_device_name()}, {time.strftime('%Y-%m-%d')}, {TUNED[0]} x {TUNED[1]}"
+    )
     w = minilora.quantize_nf4(gaussian(*TUNED))
     dense = w.dequantize(torch.float32)
     for direction, product in (("forward", matmul.forward), ("backward", matmul.backward)):
@@ -233,17 +300,24 @@ def tune() -> None:
         for M in ROWS:
             x = gaussian(M, TUNED[1] if direction == "forward" else TUNED[0])
             between = (None, None) if direction == "forward" else (None,)
-            tried = [{"path": "dense"}, *([{"path": "skinny"}] if direction == "forward" and M <= 16 else [])]
+            tried = [
+                {"path": "dense"},
+                *([{"path": "skinny"}] if direction == "forward" and M <= 16 else []),
+            ]
             tried += [t for t in TILES if t["BM"] <= max(16, 2 * M)]
             calls = {}
             for line in tried:
                 call = functools.partial(product, x, w.tensors, *between, w.shape, 64, line)
                 try:
                     y = call()
-                except triton.runtime.errors.OutOfResources as error:  # more shared memory than this card has
+                except (
+                    triton.runtime.errors.OutOfResources
+                ) as error:  # more shared memory than this card has
                     print(f"{direction} M={M} {line}: {error}", file=sys.stderr)
                     continue
-                check_product(f"{direction} {line}", y, x, dense if direction == "forward" else dense.T)
+                check_product(
+                    f"{direction} {line}", y, x, dense if direction == "forward" else dense.T
+                )
                 calls[json.dumps(line)] = call
             found = clock.microseconds(calls)
             best = json.loads(min(found, key=lambda key: found[key]))
@@ -259,7 +333,9 @@ def tune() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tune", action="store_true", help="rewrite kernels/gpu/choices.json for this card")
+    parser.add_argument(
+        "--tune", action="store_true", help="rewrite kernels/gpu/choices.json for this card"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench-gpu.json"))
     args = parser.parse_args()
     if not torch.cuda.is_available():

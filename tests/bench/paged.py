@@ -42,7 +42,13 @@ def equal(mine: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> bool:
     """Parameters and states, to the bit."""
     pairs: list[tuple[Tensor, Tensor]] = []
     for p, q in zip(mine.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
-        pairs += [(p, q), *((mine.state[p][key], theirs.state[q][key]) for key in ("step", "exp_avg", "exp_avg_sq"))]
+        pairs += [
+            (p, q),
+            *(
+                (mine.state[p][key], theirs.state[q][key])
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            ),
+        ]
     return all(torch.equal(p.detach().cpu(), q.detach().cpu()) for p, q in pairs)
 
 
@@ -110,9 +116,13 @@ def rounds(
 def under_a_cap(steps: int) -> None:
     nbytes = 4 * sum(a * b for a, b in LAYERS)
     cap = 3 * nbytes  # parameters and gradients fit, the states do not
-    print(f"{torch.cuda.get_device_name()}: {nbytes / MB:.0f} MB of parameters, states of {2 * nbytes / MB:.0f} MB\n")
+    print(
+        f"{torch.cuda.get_device_name()}: {nbytes / MB:.0f} MB of parameters, states of {2 * nbytes / MB:.0f} MB\n"
+    )
     results = {
-        "torch.optim.AdamW(foreach=True)": rounds(lambda p: torch.optim.AdamW(p, foreach=True), steps, None),
+        "torch.optim.AdamW(foreach=True)": rounds(
+            lambda p: torch.optim.AdamW(p, foreach=True), steps, None
+        ),
         "PagedAdamW(page='never')": rounds(lambda p: PagedAdamW(p, page="never"), steps, None),
         f"PagedAdamW, at most {cap / MB:.0f} MB": rounds(PagedAdamW, steps, cap),
     }
@@ -140,7 +150,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, {args.threads} threads, {platform.machine()}\n")
+    print(
+        f"Python {platform.python_version()}, torch {torch.__version__}, {args.threads} threads, {platform.machine()}\n"
+    )
     never_against_foreach(args.steps, "cpu")
     if not torch.cuda.is_available():
         print("no CUDA device here: paging under a memory cap, and bitsandbytes, are not measured")

@@ -1,0 +1,1 @@
+"""The transformers side: loading, generation, gradient checkpointing."""

@@ -1,0 +1,127 @@
+"""Which layers a call means: names, dotted ends, patterns, callables and exclusions, and what is said when nothing fits."""
+
+import re
+from typing import Any
+
+import pytest
+from torch import nn
+
+import minilora
+from minilora.surgery import adapters
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "out": nn.Linear(8, 8)})
+        self.mlp = nn.ModuleDict(
+            {"up": nn.Linear(8, 12), "out": nn.Linear(12, 8), "norm": nn.LayerNorm(8)}
+        )
+
+
+class Model(nn.Module):
+    """Two blocks, a head; the head named as transformers names it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.lm_head = nn.Linear(8, 10)
+
+
+BLOCK = {"attention.q_proj", "attention.out", "mlp.up", "mlp.out"}
+EVERY = {f"layers.{i}.{n}" for i in (0, 1) for n in BLOCK}
+
+
+def both(*names: str) -> set[str]:
+    return {f"layers.{i}.{n}" for i in (0, 1) for n in names}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, EVERY),
+        ({"targets": "all-linear", "exclude": ()}, EVERY | {"lm_head"}),
+        ({"targets": "q_proj"}, both("attention.q_proj")),
+        ({"targets": ["q_proj", "up"]}, both("attention.q_proj", "mlp.up")),
+        ({"targets": "out"}, both("attention.out", "mlp.out")),
+        ({"targets": "mlp.out"}, both("mlp.out")),
+        ({"targets": ["1.mlp.out"]}, {"layers.1.mlp.out"}),
+        ({"targets": "layers.0.mlp.up"}, {"layers.0.mlp.up"}),
+        (
+            {"targets": re.compile(r"layers\.1\..*p")},
+            {"layers.1.attention.q_proj", "layers.1.mlp.up", "layers.1.mlp.out"},
+        ),
+        ({"targets": re.compile("head$")}, {"lm_head"}),
+        ({"targets": lambda name, module: module.out_features == 12}, both("mlp.up")),
+        (
+            {"targets": lambda name, module: name.startswith("layers.0"), "exclude": "out"},
+            {"layers.0.attention.q_proj", "layers.0.mlp.up"},
+        ),
+        ({"targets": "out", "exclude": ["mlp.out"]}, both("attention.out")),
+        ({"exclude": ("q_proj", "out", "lm_head")}, both("mlp.up")),
+        # the default exclude speaks for "all-linear" alone: who names the head means it
+        ({"targets": "lm_head"}, {"lm_head"}),
+        ({"targets": ["up", "lm_head"]}, both("mlp.up") | {"lm_head"}),
+        ({"targets": lambda name, module: True}, EVERY | {"lm_head"}),
+        ({"targets": ["up", "lm_head"], "exclude": ["lm_head"]}, both("mlp.up")),
+    ],
+)
+def test_targets_mean_these_layers(arguments: dict[str, Any], expected: set[str]) -> None:
+    model = Model()
+    minilora.inject(model, r=2, **arguments)
+    assert set(adapters(model)) == expected
+    quantized = minilora.quantize(Model(), **arguments)
+    assert {
+        n for n, m in quantized.named_modules() if isinstance(m, minilora.NF4Linear)
+    } == expected
+    assert {row.name for row in minilora.plan(Model(), r=2, **arguments).rows} == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (
+            {"targets": "q_porj"},
+            ["target 'q_porj' matches no linear layer of Model", "Did you mean 'q_proj'"],
+        ),
+        (
+            {"targets": ["up", "dwn", "qproj"]},
+            ["'dwn' matches no", "'qproj' matches no", "'q_proj'"],
+        ),
+        ({"targets": "self.out"}, ["'self.out' matches no"]),
+        ({"targets": "proj"}, ["'proj' matches no", "q_proj"]),  # an end of a part is no dotted end
+        (
+            {"targets": "embed"},
+            ["'embed' matches no linear layer", "'embed' is a Embedding, not an nn.Linear"],
+        ),
+        ({"targets": "mlp"}, ["'mlp' matches no linear layer", "'layers.0.mlp' is a ModuleDict"]),
+        ({"targets": "norm"}, ["'layers.0.mlp.norm' is a LayerNorm"]),
+        ({"targets": []}, ["'[]' matches no linear layer"]),
+        ({"targets": ""}, ["'' matches no linear layer"]),
+        ({"targets": re.compile("gate")}, ["gate", "matches no linear layer"]),
+        ({"targets": lambda name, module: False}, ["matches no linear layer"]),
+        ({"targets": "up", "exclude": ["up"]}, ["'up' matches no linear layer", "exclude=('up',)"]),
+    ],
+)
+@pytest.mark.parametrize("call", [minilora.inject, minilora.quantize, minilora.plan])
+def test_a_target_that_matches_nothing_says_what_there_is(
+    call: Any, arguments: dict[str, Any], messages: list[str]
+) -> None:
+    model = Model()
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match="matches no linear layer") as error:
+        call(model, **arguments)
+    for message in [*messages, "Linear layers here: out (4), q_proj (2), up (2), lm_head (1)"]:
+        assert message in str(error.value)
+    assert list(model.state_dict()) == keys and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_model_that_is_one_linear_layer_has_no_place_for_an_adapter() -> None:
+    with pytest.raises(ValueError, match="the model is itself a Linear"):
+        minilora.inject(nn.Linear(8, 8), r=2)
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="Linear layers here: none"):
+        minilora.inject(nn.Sequential(nn.LayerNorm(3)), r=1)

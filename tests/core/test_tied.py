@@ -1,0 +1,191 @@
+"""Weights with two names: a head tied to the embedding, a layer that two parents share."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import minilora
+from minilora.surgery import adapters
+
+IDS = torch.arange(24).reshape(2, 12) * 5 % 128
+
+
+def is_tied(model: Any) -> bool:
+    return model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(IDS).logits
+    return out
+
+
+def with_trained_head(make: Callable[..., Any]) -> Any:
+    model = minilora.inject(make(tie_word_embeddings=True), r=4, targets=["q_proj", "lm_head"])
+    torch.nn.init.normal_(model.lm_head.lora_B, std=0.1)
+    return model
+
+
+def test_a_tied_head_takes_an_adapter_and_stays_tied(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    base = logits(model)
+    embedding = model.model.embed_tokens.weight
+    minilora.inject(model, r=4, targets=["q_proj", "lm_head"])
+    assert is_tied(model) and model.model.embed_tokens.weight is embedding
+    assert torch.equal(logits(model), base)
+    torch.nn.init.normal_(model.lm_head.lora_B, std=0.1)
+    changed = logits(model)
+    model.tie_weights()
+    assert is_tied(model) and isinstance(model.lm_head, minilora.LoRALinear)
+    assert torch.equal(logits(model), changed) and not torch.allclose(changed, base, atol=1e-3)
+    minilora.eject(model)
+    assert is_tied(model) and type(model.lm_head) is nn.Linear and torch.equal(logits(model), base)
+
+
+def test_a_tied_head_with_an_adapter_survives_save_pretrained(
+    tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = with_trained_head(tiny_llama)
+    before = logits(model)
+    model.save_pretrained(tmp_path)
+    assert is_tied(model) and torch.equal(logits(model), before)
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "model.safetensors")
+    expected = {k for k in model.state_dict() if k != "lm_head.weight"}
+    assert set(saved) == expected and torch.equal(
+        saved["model.embed_tokens.weight"], model.lm_head.weight
+    )
+
+
+def test_training_a_tied_heads_adapter_does_not_move_the_embedding(
+    tiny_llama: Callable[..., Any],
+) -> None:
+    model = minilora.inject(tiny_llama(tie_word_embeddings=True), r=4, targets=["lm_head"])
+    embedding = model.model.embed_tokens.weight.detach().clone()
+    optimizer = torch.optim.AdamW(minilora.adapter_parameters(model), lr=1e-2)
+    for _ in range(2):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    assert minilora.audit(model) == [] and bool(model.lm_head.lora_B.any())
+    assert (
+        torch.equal(model.model.embed_tokens.weight, embedding)
+        and model.model.embed_tokens.weight.grad is None
+    )
+
+
+def test_merge_unties_with_a_warning_and_for_good(
+    tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    import transformers
+
+    model = with_trained_head(tiny_llama)
+    embedding, expected = model.model.embed_tokens.weight.detach().clone(), logits(model)
+    names = "model.embed_tokens.weight and lm_head.weight"
+    with pytest.warns(
+        UserWarning, match=f"lm_head was merged, so {names} are no longer tied"
+    ) as caught:
+        minilora.merge(model)
+    assert caught[0].filename == __file__, "the warning should point at the caller"
+    assert not is_tied(model) and model.config.tie_word_embeddings is False
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    merged = logits(model)
+    # float32 sums of 64 terms near one, in another order
+    assert torch.allclose(merged, expected, atol=1e-5)
+    model.tie_weights()
+    assert torch.equal(logits(model), merged), "tie_weights undid the merge"
+    model.save_pretrained(tmp_path)
+    assert torch.equal(
+        logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()), merged
+    )
+
+
+def test_merging_another_layer_leaves_the_head_tied(tiny_llama: Callable[..., Any]) -> None:
+    model = minilora.merge(minilora.inject(tiny_llama(tie_word_embeddings=True), r=4))
+    assert is_tied(model) and model.config.tie_word_embeddings is True
+
+
+# ---- shared
+
+
+class Shared(nn.Module):
+    """One layer under two parents, at two depths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.Linear(12, 12)
+        self.inner = nn.Sequential(layer, nn.Tanh())
+        self.outer = layer
+        self.last = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.outer(self.inner(x)))
+        return y
+
+
+class Twice(nn.Module):
+    """One layer twice under one parent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Linear(12, 12)
+        self.inner = nn.Sequential(layer, nn.Tanh(), layer)
+        self.last = nn.Linear(12, 5)
+
+    @property
+    def outer(self) -> nn.Module:
+        return self.inner[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.inner(x))
+        return y
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("make", [Shared, Twice])
+def test_a_shared_layer_is_wrapped_once_and_stays_shared(
+    make: Callable[[], Any], quantized: bool
+) -> None:
+    model, x = make(), torch.randn(3, 12)
+    if quantized:
+        minilora.quantize(model)
+        assert isinstance(model.outer, minilora.NF4Linear) and model.outer is model.inner[0]
+    layer, base = model.outer, model(x)
+    assert len(adapters(minilora.inject(model, r=2))) == 2
+    assert isinstance(model.outer, minilora.LoRALinear) and model.outer is model.inner[0]
+    assert len(minilora.adapter_parameters(model)) == 4
+    assert torch.equal(model(x), base)
+    minilora.eject(model)
+    assert model.outer is model.inner[0] is layer
+    minilora.merge(minilora.inject(model, r=2))
+    assert type(model.outer) is nn.Linear and model.outer is model.inner[0]
+
+
+def test_a_shared_layer_has_one_name_everywhere() -> None:
+    model = Shared()
+    planned = [row.name for row in minilora.plan(model, r=2).rows]
+    assert minilora.audit(minilora.inject(model, r=2)) == planned
+    assert set(adapters(model)) == set(planned)
+    assert {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad} == set(
+        planned
+    )
+
+
+def test_an_adapter_on_a_shared_layer_round_trips(tmp_path: Path) -> None:
+    model, x = minilora.inject(Shared(), r=2), torch.randn(3, 12)
+    for layer in adapters(model).values():
+        torch.nn.init.normal_(layer.lora_B)
+    fresh = minilora.load_adapter(Shared(), minilora.save_adapter(model, tmp_path / "adapter"))
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_a_copy_of_a_model_shares_what_the_model_shared() -> None:
+    model = copy.deepcopy(minilora.inject(Shared(), r=2))
+    assert model.outer is model.inner[0]
+    assert minilora.eject(model).outer is model.inner[0]

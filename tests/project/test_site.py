@@ -1,0 +1,277 @@
+"""The built site, in a browser: every page, its links, its formulas, the search, a phone's screen. `make docs` runs this."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+
+import browser
+import pytest
+
+import minilora
+
+pytestmark = [
+    pytest.mark.site,
+    pytest.mark.skipif(
+        not (browser.SITE / "index.html").exists(), reason="the site is not built: make docs"
+    ),
+]
+
+
+# ---- as files
+
+
+class Parsed(HTMLParser):
+    """What a page links to, and the ids that it has."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.ids += [
+            value
+            for key, value in attributes
+            if value and (key == "id" or (tag == "a" and key == "name"))
+        ]
+        self.links += [value for key, value in attributes if value and key in ("href", "src")]
+
+
+@pytest.fixture(scope="module")
+def parsed() -> dict[str, Parsed]:
+    return {p: Parsed(file_of(p).read_text()) for p in browser.pages()}
+
+
+def file_of(path: str) -> Path:
+    """The file that a server answers the path with."""
+    file = browser.SITE / unquote(path)
+    return file / "index.html" if path.endswith("/") or not path else file
+
+
+def test_every_link_and_every_anchor_leads_somewhere(parsed: dict[str, Parsed]) -> None:
+    broken, seen = [], 0
+    for path, page in parsed.items():
+        for link in page.links:
+            address, anchor = urldefrag(urljoin(f"http://here/{path}", link))
+            if urlsplit(address).netloc != "here" or urlsplit(address).scheme != "http":
+                continue
+            seen += 1
+            to = urlsplit(address).path.removeprefix("/")
+            if not file_of(to).is_file() or (
+                anchor and to in parsed and unquote(anchor) not in parsed[to].ids
+            ):
+                broken.append(f"{path or 'home'}: {link}")
+    assert not broken and seen > 10 * len(parsed)
+
+
+def test_no_page_has_an_id_twice(parsed: dict[str, Parsed]) -> None:
+    twice = {
+        path: [i for i, n in Counter(page.ids).items() if n > 1] for path, page in parsed.items()
+    }
+    assert not {path: ids for path, ids in twice.items() if ids}
+
+
+def test_every_public_name_is_documented_once(parsed: dict[str, Parsed]) -> None:
+    headings = [
+        name
+        for path in parsed
+        if path.startswith("reference/")
+        for name in re.findall(r'<h2 id="minilora\.(?:\w+\.)?(\w+)"', file_of(path).read_text())
+    ]
+    assert sorted(headings) == sorted(minilora.__all__)
+
+
+def test_every_notebook_is_a_page_and_in_the_navigation(parsed: dict[str, Parsed]) -> None:
+    slugs = [p.stem.partition("-")[2] for p in sorted((browser.ROOT / "notebooks").glob("*.ipynb"))]
+    assert slugs and all(f"tutorials/{slug}/" in parsed for slug in slugs)
+    linked = [link.split("/")[1] for link in parsed[""].links if link.startswith("tutorials/")]
+    assert list(dict.fromkeys(linked)) == slugs
+
+
+# ---- in a browser
+
+
+@dataclass
+class Visit:
+    """What a page did when it was opened, and how wide it is on a phone."""
+
+    problems: list[str] = field(
+        default_factory=list
+    )  # console errors, exceptions, requests that failed
+    requests: list[str] = field(default_factory=list)
+    formulas: int = 0
+    unset: list[str] = field(default_factory=list)
+    width: int = 0
+    wide: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with browser.served() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    pytest.importorskip(
+        "playwright", reason="the browser is driven by playwright: pip install -e .[docs]"
+    )
+    if not browser.CHROMIUM:
+        pytest.skip("there is no chromium here")
+    with browser.chromium() as chromium:
+        yield chromium
+
+
+@pytest.fixture(scope="module")
+def visits(chromium: Any, address: str) -> dict[str, Visit]:
+    """Every page, opened once."""
+    found = {}
+    context = chromium.new_context(viewport=browser.DESKTOP)
+    for path in browser.pages():
+        visit, tab = Visit(), context.new_page()
+        tab.on(
+            "console",
+            lambda m, v=visit: (
+                v.problems.append(m.text) if m.type in ("error", "warning") else None
+            ),
+        )
+        tab.on("pageerror", lambda e, v=visit: v.problems.append(str(e)))
+        tab.on("requestfailed", lambda r, v=visit: v.problems.append(f"failed: {r.url}"))
+        tab.on(
+            "response",
+            lambda r, v=visit: (
+                v.problems.append(f"{r.status}: {r.url}") if r.status >= 400 else None
+            ),
+        )
+        tab.on("request", lambda r, v=visit: v.requests.append(r.url))
+        tab.goto(
+            address + path, wait_until="networkidle"
+        )  # one that is left earlier cuts its own requests off
+        visit.formulas = tab.locator(".arithmatex").count()
+        try:
+            browser.settle(tab)
+        except Exception as late:  # what is not set is listed below, by its source
+            visit.problems.append(str(late).splitlines()[0])
+        visit.unset = tab.evaluate(UNSET)
+        tab.set_viewport_size(browser.PHONE)
+        visit.unset += tab.evaluate(UNSEEN)
+        visit.width = tab.evaluate("document.documentElement.scrollWidth")
+        if visit.width > browser.PHONE["width"]:
+            visit.wide = tab.evaluate(WIDE)
+        tab.close()
+        found[path] = visit
+    context.close()
+    return found
+
+
+# Formulas that are no picture, or one that says what was wrong with them.
+UNSET = """[...document.querySelectorAll('.arithmatex')]
+  .filter(e => !e.querySelector('mjx-container svg') || e.querySelector('[data-mml-node=merror], mjx-merror, merror'))
+  .map(e => e.textContent.slice(0, 80))"""
+
+# Formulas that are there and have no size.
+UNSEEN = """[...document.querySelectorAll('.arithmatex')]
+  .filter(e => e.checkVisibility() && !(e.querySelector('mjx-container svg')?.getBoundingClientRect().width > 2))
+  .map(e => e.textContent.slice(0, 80))"""
+
+# The innermost elements that stick out of the screen.
+WIDE = """[...document.querySelectorAll('.md-content *')]
+  .filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('pre, .md-typeset__scrollwrap, .output'))
+  .map(e => e.tagName + ' ' + e.className + ' ' + e.textContent.slice(0, 40)).slice(-3)"""
+
+
+def test_no_page_reports_an_error_or_asks_for_what_is_not_there(visits: dict[str, Visit]) -> None:
+    assert not {path: v.problems for path, v in visits.items() if v.problems}
+
+
+def test_nothing_is_fetched_from_another_host(visits: dict[str, Visit], address: str) -> None:
+    requests = [r for v in visits.values() for r in v.requests]
+    assert len(requests) > 2 * len(visits)
+    assert not [r for r in requests if not r.startswith((address, "data:", f"blob:{address}"))]
+
+
+def test_formulas_are_set(visits: dict[str, Visit]) -> None:
+    notebooks = {
+        p.stem.partition("-")[2]: p.read_text()
+        for p in (browser.ROOT / "notebooks").glob("*.ipynb")
+    }
+    assert all(
+        visits[f"tutorials/{slug}/"].formulas >= text.count("$$") // 2
+        for slug, text in notebooks.items()
+    )
+    assert sum(v.formulas for v in visits.values())
+    assert not {path: v.unset for path, v in visits.items() if v.unset}
+    assert not [
+        p
+        for p, v in visits.items()
+        if not v.formulas and any("tex-svg.js" in r for r in v.requests)
+    ], "2 MB for nothing"
+
+
+def test_a_page_fits_a_phone(visits: dict[str, Visit]) -> None:
+    assert not {
+        path: (v.width, v.wide) for path, v in visits.items() if v.width > browser.PHONE["width"]
+    }
+
+
+@pytest.fixture
+def tab(chromium: Any, address: str) -> Iterator[Any]:
+    page = chromium.new_page(viewport=browser.DESKTOP, color_scheme="light")
+    page.goto(address)
+    yield page
+    page.close()
+
+
+def test_the_search_finds_a_function(tab: Any) -> None:
+    tab.locator("[data-md-component=search-query]").click()
+    tab.keyboard.type("inject", delay=20)
+    result = tab.locator(
+        ".md-search-result__item a[href*='reference/change-a-model/'][href$='#minilora.inject']"
+    ).first
+    result.wait_for(timeout=15000)
+    assert "inject" in result.inner_text()
+    assert not tab.locator(".md-search-result__item a[href*='source/']").count(), (
+        "source files are no search results"
+    )
+
+
+def test_dark_and_light(tab: Any) -> None:
+    def background() -> str:
+        return str(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+
+    light = background()
+    tab.locator("label[for=__palette_1]:visible, label[for=__palette_0]:visible").click()
+    tab.wait_for_function(
+        f"getComputedStyle(document.body).backgroundColor != '{light}'", timeout=5000
+    )
+    dark = background()
+    assert (
+        sum(map(int, re.findall(r"\d+", dark)[:3]))
+        < 200
+        < 600
+        < sum(map(int, re.findall(r"\d+", light)[:3]))
+    )
+
+
+def test_code_can_be_copied_and_an_example_without_prompts_and_answers(
+    tab: Any, address: str
+) -> None:
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)
+    tab.goto(address + "reference/change-a-model/")
+    examples = tab.locator(".highlight:not(.doc-signature)")
+    examples.first.wait_for()
+    tab.wait_for_selector(".highlight button[data-md-type=copy]")
+    assert (
+        tab.locator(".highlight").count()
+        == tab.locator(".highlight:has(button[data-md-type=copy])").count()
+        > 10
+    )
+    examples.first.locator("button[data-md-type=copy]").click()
+    copied = tab.evaluate("navigator.clipboard.readText()")
+    assert copied.startswith("model = ") and "'NF4Linear'" not in copied

@@ -1,0 +1,308 @@
+"""plan says beforehand what quantize and inject then do: the same layers, parameters, bytes and errors, and it touches nothing."""
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import minilora
+from minilora.reports.planning import Plan, amount, nf4_bytes
+from minilora.surgery import adapters
+
+
+def mlp(dtype: torch.dtype = torch.float32) -> nn.ModuleDict:
+    made = {
+        "up": nn.Linear(30, 41),
+        "norm": nn.LayerNorm(41),
+        "down": nn.Linear(41, 7, bias=False),
+        "lm_head": nn.Linear(7, 90),
+    }
+    return nn.ModuleDict(made).to(dtype)
+
+
+def split(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """plan's arguments as quantize's and inject's."""
+    quantize = {
+        k: v
+        for k, v in arguments.items()
+        if k in ("targets", "exclude", "block_size", "double_quant")
+    }
+    inject = {
+        k: v
+        for k, v in arguments.items()
+        if k in ("r", "alpha", "targets", "exclude", "train_also")
+    }
+    return quantize, inject
+
+
+def done(model: Any, arguments: dict[str, Any]) -> Any:
+    """The model after what the plan is about."""
+    quantize, inject = split(arguments)
+    if arguments.get("quantize", True):
+        minilora.quantize(model, **quantize)
+    return minilora.inject(model, **inject)
+
+
+def assert_true(plan: Plan, model: Any, parameters: int) -> None:
+    """Compares a plan with a model after quantize and inject, and the state that a step of AdamW leaves."""
+    layers = adapters(model)
+    assert [row.name for row in plan.rows] == list(layers)
+    for row, layer in zip(plan.rows, layers.values(), strict=True):
+        assert (row.out_features, row.in_features) == (layer.out_features, layer.in_features)
+        assert row.adapter_parameters == layer.lora_A.numel() + layer.lora_B.numel()
+        assert row.base_bytes == layer.weight.nbytes
+    trained = minilora.adapter_parameters(model)
+    assert plan.parameters == parameters
+    assert plan.trainable == sum(p.numel() for p in trained)
+
+    quantized = [layer for layer in layers.values() if isinstance(layer.weight, minilora.NF4Weight)]
+    ours = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+    everything = sum(p.nbytes for p in model.parameters())
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    optimizer = torch.optim.AdamW(trained, foreach=False)
+    optimizer.step()
+    states = [s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
+    assert plan.bytes["quantized"] == sum(layer.weight.nbytes for layer in quantized)
+    assert plan.bytes["adapters"] == sum(p.nbytes for p in ours)
+    assert plan.bytes["dense"] == everything - plan.bytes["quantized"] - plan.bytes["adapters"]
+    assert plan.bytes["gradients"] == sum(p.grad.nbytes for p in trained)
+    assert plan.bytes["optimizer"] == sum(s.nbytes for s in states)
+    assert plan.total_bytes == sum(plan.bytes.values())
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@given(
+    st.integers(1, 7),
+    st.sampled_from(["all-linear", ["up", "lm_head"], "down"]),
+    st.sampled_from([(), ("norm",), ("norm", "norm.bias"), ("up.bias", "norm")]),
+    st.booleans(),
+    st.sampled_from([32, 64, 256]),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=40)
+def test_a_plan_equals_what_happens(
+    r: int,
+    targets: Any,
+    also: tuple[str, ...],
+    quantize: bool,
+    block_size: int,
+    double_quant: bool,
+    dtype: torch.dtype,
+) -> None:
+    arguments = {"r": r, "targets": targets, "train_also": also, "quantize": quantize}
+    arguments |= {"block_size": block_size, "double_quant": double_quant}
+    model = mlp(dtype)
+    with torch.device("meta"):
+        empty = mlp(dtype)
+    plan = minilora.plan(model, **arguments)
+    assert minilora.plan(empty, **arguments) == plan
+    parameters = count(model)
+    assert_true(plan, done(model, arguments), parameters)
+    wrapped = {row.name for row in plan.rows}
+    assert set(plan.left_out) == {"up", "down", "lm_head"} - wrapped
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"quantize": False, "r": 3},
+        {"targets": ["q_proj", "down_proj"], "train_also": ["norm"]},
+        {"train_also": ["embed_tokens", "lm_head"]},
+        {"targets": "lm_head", "quantize": False},
+    ],
+)
+def test_the_plan_of_a_language_model_equals_what_happens(
+    arguments: dict[str, Any], tie: bool, tiny_llama: Callable[..., Any]
+) -> None:
+    model = tiny_llama(tie_word_embeddings=tie)
+    plan = minilora.plan(model, **arguments)
+    parameters = count(model)
+    assert_true(plan, done(model, arguments), parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_config_or_a_folder_is_planned_as_the_model_it_makes(
+    tie: bool, dtype: torch.dtype, tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tiny_llama(tie_word_embeddings=tie).to(dtype).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.dtype == dtype
+    plan = minilora.plan(model, r=4, train_also=["norm"])
+    for source in (model.config, str(tmp_path), tmp_path):
+        found = minilora.plan(source, r=4, train_also=["norm"])
+        assert (found.rows, found.left_out, found.parameters, found.trainable) == (
+            plan.rows,
+            plan.left_out,
+            plan.parameters,
+            plan.trainable,
+        )
+        assert found.bytes == plan.bytes
+    assert (
+        minilora.plan(str(tmp_path)).model == str(tmp_path)
+        and minilora.plan(model.config).model == "LlamaForCausalLM"
+    )
+    assert_true(plan, done(model, {"r": 4, "train_also": ["norm"]}), plan.parameters)
+
+
+def test_a_model_that_is_quantized_already_is_planned_as_it_is() -> None:
+    model = minilora.quantize(mlp(), exclude=["lm_head"])
+    plan = minilora.plan(model, r=2, targets=["up", "down"])
+    assert plan.parameters == count(mlp())
+    assert_true(plan, minilora.inject(model, r=2, targets=["up", "down"]), plan.parameters)
+
+
+@given(st.integers(1, 5000), st.sampled_from([32, 64, 128, 4096]), st.booleans())
+@settings(max_examples=50)
+def test_nf4_bytes_counts_every_tensor(n: int, block_size: int, double_quant: bool) -> None:
+    assert (
+        nf4_bytes(n, block_size, double_quant)
+        == minilora.quantize_nf4(torch.randn(n), block_size, double_quant).nbytes
+    )
+
+
+def test_the_formula_of_the_paper() -> None:
+    # QLoRA, section 3: 4 bits, 8 bits a block of 64, 32 bits a group of 256 blocks
+    assert abs(8 * nf4_bytes(4096 * 4096) / 4096**2 - (4 + 8 / 64 + 32 / (64 * 256))) < 1e-5
+    assert 8 * nf4_bytes(4096 * 4096, double_quant=False) / 4096**2 == 4 + 32 / 64
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_plan_changes_nothing(train: bool) -> None:
+    model = mlp().train(train)
+    model["norm"].requires_grad_(False)
+    before = copy.deepcopy(model)
+    state = torch.get_rng_state()
+    minilora.plan(model, r=2, train_also=["norm"])
+    assert torch.equal(torch.get_rng_state(), state)
+    for (name, module), (was, old) in zip(
+        model.named_modules(), before.named_modules(), strict=True
+    ):
+        assert (name, type(module), module.training) == (was, type(old), train)
+    for p, old_p in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, old_p) and p.requires_grad == old_p.requires_grad
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_what_is_quantized_may_be_more_than_what_has_an_adapter(already: bool) -> None:
+    """As `finetune` does it: the base in NF4 whole, adapters on the targets alone."""
+    model = mlp()
+    if already:
+        minilora.quantize(model, "all-linear")
+    plan = minilora.plan(model, r=2, targets=["up"], quantize="all-linear")
+    if not already:
+        minilora.quantize(model, "all-linear")
+    minilora.inject(model, r=2, targets=["up"])
+    packed = [
+        m for m in model.modules() if isinstance(getattr(m, "weight", None), minilora.NF4Weight)
+    ]
+    assert len(packed) == 2 and [row.name for row in plan.rows] == ["up"]
+    assert plan.bytes["quantized"] == sum(m.weight.nbytes for m in packed)
+    adapters = sum(p.nbytes for p in minilora.adapter_parameters(model))
+    assert (
+        plan.bytes["dense"]
+        == sum(p.nbytes for p in model.parameters()) - plan.bytes["quantized"] - adapters
+    )
+
+
+def test_a_plan_prints_as_a_table() -> None:
+    model = nn.ModuleDict({"a": mlp(), "b": mlp()})
+    plan = minilora.plan(model, r=4)
+    text = str(plan)
+    lines = text.splitlines()
+    assert lines[0].startswith(
+        f"ModuleDict: {plan.parameters:,} parameters, {plan.trainable:,} to train ("
+    )
+    assert re.fullmatch(r"  layer +out x in +count +adapter +base", lines[1])
+    rows = [re.split(r" {2,}", line.strip()) for line in lines[2:4]]
+    assert rows == [
+        ["up", "41 x 30", "2", "568", amount(2 * nf4_bytes(41 * 30))],
+        ["down", "7 x 41", "2", "384", amount(2 * nf4_bytes(41 * 7))],
+    ]
+    assert re.fullmatch(r"  left out: a\.lm_head, b\.lm_head", lines[4])
+    for kind in ("quantized", "dense", "adapters", "gradients", "optimizer"):
+        assert f"{kind} {amount(plan.bytes[kind])}" in lines[6]
+    assert lines[5] == f"  together {amount(plan.total_bytes)}, and the activations"
+    assert max(map(len, lines)) <= 132
+    columns = [line.rstrip().find("2  ") for line in lines[2:4]]
+    assert len(set(columns)) == 1, "the columns do not stand under one another"
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (12_345_678, "12.3 MB"),
+        (5e9, "5.00 GB"),
+        (7e12, "7000.00 GB"),
+    ],
+)
+def test_amounts_read_as_a_person_says_them(n: float, text: str) -> None:
+    assert amount(n) == text
+
+
+def attention() -> nn.Module:
+    return nn.ModuleDict({"up": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2)})
+
+
+class OwnForward(nn.Linear):
+    """A subclass whose forward an adapter would replace."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).relu()
+
+
+ERRORS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "no such target": (mlp, {"targets": "dwn"}),
+    "nothing left": (mlp, {"targets": "up", "exclude": ["up"]}),
+    "a rank beyond one layer": (mlp, {"r": 8}),
+    "no rank": (mlp, {"r": 0}),
+    "alpha": (mlp, {"r": 2, "alpha": -1.0}),
+    "train_also": (mlp, {"r": 2, "train_also": ["nrom"]}),
+    "its own forward": (lambda: nn.Sequential(OwnForward(8, 8)), {"r": 2}),
+    "attention": (attention, {"r": 2}),
+    "an adapter already": (lambda: minilora.inject(mlp(), r=2), {"r": 2}),
+    "one layer": (lambda: nn.Linear(8, 8), {"r": 2}),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_plan_refuses_what_inject_refuses_with_the_same_words(case: str) -> None:
+    make, arguments = ERRORS[case]
+    with pytest.raises((ValueError, TypeError)) as expected:
+        minilora.inject(make(), **arguments)
+    with pytest.raises(expected.type) as found:
+        minilora.plan(make(), **arguments, quantize=False)
+    assert str(found.value) == str(expected.value)
+
+
+def test_a_plan_refuses_what_quantize_refuses(tiny_llama: Callable[..., Any]) -> None:
+    for model, arguments in (
+        (mlp(), {"block_size": 48}),
+        (
+            tiny_llama(tie_word_embeddings=True),
+            {"targets": ["lm_head"]},
+        ),  # quantizing it would untie it
+    ):
+        with pytest.raises(ValueError) as expected:
+            minilora.quantize(copy.deepcopy(model), **arguments)
+        with pytest.raises(ValueError, match=re.escape(str(expected.value))):
+            minilora.plan(model, r=2, **arguments)

@@ -1,0 +1,108 @@
+"""What tests of interrupted runs share: all that a run leaves, and ways to interrupt it."""
+
+import json
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from minilora.training import checkpoints as resume
+from minilora.training import loop as recipe
+from minilora.training.checkpoints import Interrupted
+from minilora.training.loop import FinetuneConfig, Result, finetune
+
+
+@dataclass
+class Outcome:
+    """All that two runs have to agree in. Seconds alone may differ."""
+
+    history: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
+    evaluated: tuple[float | None, float | None]
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    randomness: dict[str, Any]
+
+    def agrees(self, other: "Outcome") -> bool:
+        mine, theirs = (o.optimizer["state"] for o in (self, other))
+        return (
+            self.history == other.history
+            and self.metrics == other.metrics
+            and self.evaluated == other.evaluated
+            and self.adapter.keys() == other.adapter.keys()
+            and all(torch.equal(a, other.adapter[key]) for key, a in self.adapter.items())
+            and self.optimizer["param_groups"] == other.optimizer["param_groups"]
+            and mine.keys() == theirs.keys()
+            and all(
+                torch.equal(value, theirs[i][key])
+                for i, held in mine.items()
+                for key, value in held.items()
+            )
+            and self.randomness == other.randomness
+        )
+
+
+def without_seconds(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in step.items() if key != "seconds"} for step in steps]
+
+
+@contextmanager
+def optimizers() -> Iterator[list[torch.optim.Optimizer]]:
+    made: list[torch.optim.Optimizer] = []
+    original = recipe.make_optimizer
+
+    def remember(model: Any, config: FinetuneConfig) -> torch.optim.Optimizer:
+        made.append(original(model, config))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "make_optimizer", remember)
+        yield made
+
+
+def run(config: FinetuneConfig) -> Outcome:
+    with optimizers() as made:
+        result: Result = finetune(config)
+    lines = (result.out / "metrics.jsonl").read_text().splitlines()
+    return Outcome(
+        history=without_seconds([vars(step) for step in result.history]),
+        metrics=without_seconds([json.loads(line) for line in lines]),
+        evaluated=(result.eval_before, result.eval_after),
+        adapter={
+            n: p.detach().clone() for n, p in result.model.named_parameters() if p.requires_grad
+        },
+        optimizer=made[0].state_dict(),
+        randomness=resume.random_states(torch.device("cpu")),
+    )
+
+
+@contextmanager
+def in_step(step: int, act: Callable[[], Any], accum: int = 2) -> Iterator[None]:
+    """Calls `act` in the last forward pass of a step (1, 2, ... of those that are run)."""
+    original, calls = recipe.token_losses, [0]
+
+    def token_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        calls[0] += model.training
+        if model.training and calls[0] == step * accum:
+            act()
+        return original(model, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "token_losses", token_losses)
+        yield
+
+
+def interrupt(config: FinetuneConfig, step: int, number: int = signal.SIGINT) -> Interrupted:
+    with in_step(step, lambda: signal.raise_signal(number)), pytest.raises(Interrupted) as caught:
+        finetune(config)
+    random.seed(step)  # what another process would start with
+    np.random.seed(step)
+    torch.manual_seed(step)
+    return caught.value
