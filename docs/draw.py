@@ -1,4 +1,7 @@
-"""Draws docs/pictures/*.svg:  python docs/draw.py [folder]. What is drawn is computed, or read from the sources."""
+"""Draws docs/pictures/*.svg:  python docs/draw.py [folder]
+
+What is drawn is computed, or read from the sources.
+"""
 
 import random
 import sys
@@ -6,14 +9,15 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from rooms import CAPTIONS, COLUMNS, arrows, ranks  # noqa: E402
+from structure import CORE, KERNELS, SUBPACKAGES, arrows, outer_arrows  # noqa: E402
 from svg import Picture  # noqa: E402
 
-from minilora.kernels.reference.nf4 import NF4  # noqa: E402
+from minilora.kernels.reference.codebooks import NF4  # noqa: E402
 
 WIDE = 720
 GAUSS = NormalDist()
@@ -24,22 +28,19 @@ def code_of(y: float) -> int:
     return sum(y > (a + b) / 2 for a, b in pairwise(NF4))
 
 
-# ---- the pictures
-
-
 def layout() -> Picture:
     """Weights, codes, bytes, blocks, groups; and what each costs."""
     p = Picture(
         WIDE,
         560,
-        "How an NF4 weight lies in memory: codes, bytes, blocks of 64, groups of 256 blocks",
+        "How an NF4 weight is stored: codes, bytes, blocks of 64, groups of 256 blocks",
     )
     drawn = random.Random(29)
     block = [NormalDist(0, 0.02).inv_cdf(drawn.random()) for _ in range(64)]
     absmax = max(map(abs, block))
     shown = [0, 1, 2, 3, None, 62, 63]
     left, step = 150, 66
-    p.text(16, 30, "one block: 64 weights that lie side by side", "head")
+    p.text(16, 30, "one block: 64 consecutive weights", "head")
     for y, label in (
         (62, "weight w"),
         (92, "w / absmax"),
@@ -63,7 +64,7 @@ def layout() -> Picture:
             byte = code << 4 | code_of(block[i + 1] / absmax)
             p.line([(x + 8, 172), (x + 8, 180), (x + 2 * step - 8, 180), (x + 2 * step - 8, 172)])
             p.box(x + 2, 188, 2 * step - 4, 28, "code", f"0x{byte:02x}", "mono")
-    p.text(left, 236, "the first of two weights is in the high four bits", "small soft")
+    p.text(left, 236, "the first of two weights is in the high nibble", "small soft")
     p.text(left + 7 * step + 8, 54, "absmax", "small soft")
     p.text(left + 7 * step + 8, 70, f"{absmax:.4f}", "mono small")
     p.text(left + 7 * step + 8, 206, "32 bytes", "small")
@@ -99,14 +100,15 @@ def layout() -> Picture:
             p.box(x, y, size / 32768 * width, 24, kind, text, "small", r=0)
             x += size / 32768 * width
         if label == "NF4":
-            p.text(x + 8, y + 17, "+ 256 + 4 = 8,452 bytes: 4.127 bits a weight", "small")
+            p.text(x + 8, y + 17, "+ 256 + 4 = 8,452 bytes: 4.127 bits per weight", "small")
     return p
 
 
 def density() -> Picture:
-    """The levels under the density whose quantiles they are."""
+    """The levels, and the density whose quantiles they are."""
     p = Picture(WIDE, 330, "The 16 NF4 levels on the density of the normal distribution")
-    outermost = GAUSS.inv_cdf(0.9677083)  # standard deviations that lie at the level 1
+    # In standard deviations: what the level 1 stands for.
+    outermost = GAUSS.inv_cdf(0.9677083)
     middle, unit, foot, high = 382.0, 286.0, 250.0, 190.0
 
     def at(y: float) -> tuple[float, float]:
@@ -125,7 +127,7 @@ def density() -> Picture:
     for code in (0, 3, 7, 11, 15):
         p.text(at(NF4[code])[0], foot + 38, f"{NF4[code]:.3f}", "mono small soft", "middle")
     p.text(14, foot + 38, "level", "small soft")
-    p.text(16, 30, "a line is a level, a stripe the values that are rounded to it", "head")
+    p.text(16, 30, "each line is a level, each band the values that round to it", "head")
     p.text(16, 54, "7 steps of equal probability", "small soft")
     p.text(16, 70, "below zero", "small soft")
     p.text(WIDE - 16, 54, "8 steps of equal probability", "small soft", "end")
@@ -158,23 +160,23 @@ def grid(
 
 
 def fused() -> Picture:
-    """One product, by way of a dense weight and without one."""
+    """One product, with a dense copy of the weight and without."""
     p = Picture(
         WIDE,
         470,
-        "A product with a packed weight: by way of a dense copy, and tile by tile in registers",
+        "A product with a packed weight: through a dense copy, and tile by tile in registers",
     )
 
-    def lanes(y: float, title: str) -> None:
+    def levels(y: float, title: str) -> None:
         p.text(16, y, title, "head")
         p.text(16, y + 30, "memory", "soft")
         p.text(16, y + 136, "registers", "soft")
         p.line([(16, y + 100), (WIDE - 16, y + 100)], "ink dash")
 
-    lanes(30, "with a dense copy: 0.52 + 2 + 2 bytes a weight cross the bus")
+    levels(30, "with a dense copy: 0.52 + 2 + 2 bytes per weight cross the bus")
     p.box(110, 52, 60, 60, "code", "packed", "small")
     p.text(178, 72, "0.52 bytes", "small soft")
-    p.text(178, 88, "a weight, read", "small soft")
+    p.text(178, 88, "per weight, read", "small soft")
     p.box(300, 42, 80, 80, "w", "dense W", "small")
     p.text(393, 72, "2 bytes written,", "small soft")
     p.text(393, 88, "2 bytes read", "small soft")
@@ -189,11 +191,11 @@ def fused() -> Picture:
     p.arrow((650, 163), (670, 163), (670, 92))
 
     y = 250
-    lanes(y, "fused: 0.52 bytes a weight, decoded tile by tile where they are used")
+    levels(y, "fused: 0.52 bytes per weight, decoded tile by tile in registers")
     grid(p, 110, y + 18, 4, 4, (19, 18), "code", {(1, 2)})
     p.text(196, y + 36, "packed W", "small")
     p.text(196, y + 54, "0.52 bytes", "small soft")
-    p.text(196, y + 72, "a weight, read", "small soft")
+    p.text(196, y + 72, "per weight, read", "small soft")
     grid(p, 452, y + 18, 3, 4, (19, 18), "x", {(1, 2)})
     p.text(490, y + 88, "x", "small", "middle")
     grid(p, 612, y + 18, 3, 4, (19, 18), "grad", {(1, 1)})
@@ -225,7 +227,7 @@ def lora() -> Picture:
     side = {"M": 56.0, "I": 92.0, "O": 68.0, "r": 18.0}
 
     def row(y: float, terms: list[str]) -> None:
-        """Terms such as "x:M,I:x" (label, rows and columns, kind) or a sign, around the height y."""
+        """Terms, each "x:M,I:x" (label, rows and columns, kind) or a sign, around height y."""
         x = 20.0
         for term in terms:
             if ":" not in term:
@@ -234,9 +236,9 @@ def lora() -> Picture:
                 continue
             label, size, kind = term.split(":")
             tall, wide = (side[s] for s in size.split(","))
-            room = max(wide, 40)
+            space = max(wide, 40)
             p.box(
-                x + (room - wide) / 2,
+                x + (space - wide) / 2,
                 y - tall / 2,
                 wide,
                 tall,
@@ -245,19 +247,29 @@ def lora() -> Picture:
                 "mono",
             )
             if wide <= 30:
-                p.text(x + room / 2, y - 6 - tall / 2, label, "mono", "middle")
+                p.text(x + space / 2, y - 6 - tall / 2, label, "mono", "middle")
             p.text(
-                x + room / 2,
+                x + space / 2,
                 y + 17 + tall / 2,
                 f"[{size.replace(',', ', ')}]",
                 "small soft",
                 "middle",
             )
-            x += room + 6
+            x += space + 6
 
     p.text(20, 30, "forward", "head")
     row(
-        108, ["y:M,O:", "= ", "x:M,I:x", "Wᵀ:I,O:w", "+ s", "x:M,I:x", "Aᵀ:I,r:lora", "Bᵀ:r,O:lora"]
+        108,
+        [
+            "y:M,O:",
+            "= ",
+            "x:M,I:x",
+            "Wᵀ:I,O:w",
+            "+ s",
+            "x:M,I:x",
+            "Aᵀ:I,r:lora",
+            "Bᵀ:r,O:lora",
+        ],
     )
     p.text(20, 206, "backward", "head")
     row(
@@ -280,13 +292,13 @@ def lora() -> Picture:
         [
             ("w", "W: frozen, packed in 4 bits"),
             ("lora", "A, B: trained"),
-            ("x", "x: kept for the backward"),
-            ("grad", "dy: comes from above"),
+            ("x", "x: saved for the backward pass"),
+            ("grad", "dy: gradient of the output"),
         ]
     ):
         p.box(x, 400 + 30 * i, 22, 16, kind)
         p.text(x + 32, 413 + 30 * i, text, "small")
-    p.text(x, 545, "made once and used twice, [M, r]:", "small soft")
+    p.text(x, 545, "computed once, used twice, [M, r]:", "small soft")
     p.text(x, 565, "z = x Aᵀ    u = dy B", "mono small")
     return p
 
@@ -296,7 +308,7 @@ def pages() -> Picture:
     p = Picture(
         WIDE, 380, "Paged optimizer states: two pages on the device, copies beside the update"
     )
-    p.text(16, 30, "where things live once the device has run out of memory", "head")
+    p.text(16, 30, "after the device has run out of memory", "head")
     p.text(16, 66, "host, pinned", "soft")
     left, w = 130.0, 78.0
     for i in range(7):
@@ -304,16 +316,16 @@ def pages() -> Picture:
     p.text(
         left,
         94,
-        "both states of all parameters, in pages of at most 64 MiB; small parameters share one",
+        "both states of all parameters, in pages of up to 64 MiB; small parameters share one",
         "small soft",
     )
     p.text(16, 146, "device", "soft")
     p.box(left, 124, 236, 34, "x", "parameters, gradients, activations", "small")
     p.box(left + 256, 124, 90, 34, "lora", "page slot", "small")
     p.box(left + 352, 124, 90, 34, "lora", "page slot", "small")
-    p.text(left + 456, 146, "and half a page", "small soft")
+    p.text(left + 456, 146, "plus half a page", "small soft")
 
-    p.text(16, 204, "a step in time", "head")
+    p.text(16, 204, "one step over time", "head")
     p.text(16, 240, "side stream", "soft")
     p.text(16, 288, "main stream", "soft")
     unit = 66.0
@@ -344,70 +356,189 @@ def pages() -> Picture:
     p.text(
         16,
         362,
-        "First everything is allocated, then everything is updated: a step that cannot be taken has changed nothing.",
+        "A step first allocates everything and then updates: one that fails has changed nothing.",
         "small soft",
     )
     return p
 
 
-def architecture() -> Picture:
-    """Every room at the height of its rank; an arrow is an import."""
-    rank = ranks()
-    pitch, gap, w, h = 62, 139, 128, 40
-    top = max(rank.values())
+CENTRE = WIDE / 2
+SIDE_WIDTH = 156
+LEFT_SIDE, RIGHT_SIDE = ("huggingface", "files"), ("reports", "optim")
+ROW, ROW_HEIGHT, ROW_WIDTH = 52, 38, 204
+
+
+DRAWABLE = {
+    ("cli", "demo"),
+    ("demo", "training"),
+    ("training", "core"),
+    *(("training", name) for name in (*LEFT_SIDE, *RIGHT_SIDE)),
+    *((name, "core") for name in (*LEFT_SIDE, *RIGHT_SIDE)),
+    LEFT_SIDE,
+    RIGHT_SIDE,
+}
+
+
+def structure() -> Picture:
+    """The core in reading order, the subpackages around it, the kernels below."""
+    for unit, others in outer_arrows().items():
+        lost = [other for other in others if (unit, other) not in DRAWABLE]
+        assert not lost, f"the picture has no way to draw {unit} -> {lost}"
+
     p = Picture(
         WIDE,
-        pitch * (top + 1) + 32,
-        "The rooms of minilora; an arrow is an import, and all of them point down",
+        378 + ROW * len(CORE) + 52,
+        "The structure of minilora: the core, the subpackages and the kernels",
     )
-    column = {room: i for i, names in enumerate(COLUMNS) for room in names.split()}
-    place = {
-        room: (82 + gap * column.get(room, 2), 28 + pitch * (top - r)) for room, r in rank.items()
-    }
-    for room, to in arrows().items():
-        for other in sorted(to):
-            (x0, y0), (x1, y1) = place[room], place[other]
-            style = "ink dash" if room == "ops" else "ink"
-            if (
-                rank[room] - rank[other] > 1 and x0 - x1 == gap
-            ):  # between two columns, past what stands there
-                middle = x0 - gap / 2
-                p.arrow(
-                    (x0 - w / 2, y0 + h / 2),
-                    (middle, y0 + h / 2),
-                    (middle, y1 + h / 2),
-                    (x1 + w / 2, y1 + h / 2),
-                    style=style,
-                )
-            elif x0 == x1 and any(
-                x == x0 and y0 < y < y1 for x, y in place.values()
-            ):  # past what stands between them
-                side = x0 - w / 2 - 1.6 * (rank[room] - rank[other])
-                p.arrow(
-                    (x0 - w / 2, y0 + h / 2),
-                    (side, y0 + h / 2),
-                    (side, y1 + h / 2),
-                    (x1 - w / 2, y1 + h / 2),
-                    style=style,
-                )
-            elif x0 == x1:
-                p.arrow((x0, y0 + h), (x1, y1), style=style)
-            else:
-                turn = y1 - 12 if room.startswith("kernels") else y0 + h + 10
-                p.arrow((x0, y0 + h), (x0, turn), (x1, turn), (x1, y1), style=style)
-    for room, (x, y) in place.items():
-        kind = (
-            "code"
-            if room.startswith("kernels")
-            else "lora"
-            if rank[room] >= 9 or room == "plan"
-            else "x"
-        )
-        p.box(x - w / 2, y, w, h, "paper", r=4)  # lines end behind it
-        p.box(x - w / 2, y, w, h, kind, r=4)
-        p.text(x, y + 17, room, "mono small", "middle")
-        p.text(x, y + 33, CAPTIONS[room], "small soft", "middle")
+    panel = Panel(212, 200, 296, 36 + ROW * len(CORE))
+    draw_front(p, panel)
+    draw_core(p, panel)
+    draw_sides(p, panel)
+    draw_kernels(p, panel)
     return p
+
+
+class Panel(NamedTuple):
+    """A rectangle that holds others."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    @property
+    def right(self) -> float:
+        return self.x + self.width
+
+    @property
+    def bottom(self) -> float:
+        return self.y + self.height
+
+
+def unit_box(p: Picture, box: Panel, kind: str, name: str, caption: tuple[str, ...]) -> None:
+    """A box with a name and up to two lines below it."""
+    p.box(*box, "paper", r=5)
+    p.box(*box, kind, r=5)
+    lines = [line for line in caption if line]
+    y = box.y + box.height / 2 + 5 - 8 * len(lines)
+    p.text(box.x + box.width / 2, y, name, "mono", "middle")
+    for i, line in enumerate(lines, start=1):
+        p.text(box.x + box.width / 2, y + 1 + 16 * i, line, "small soft", "middle")
+
+
+def draw_front(p: Picture, panel: Panel) -> None:
+    """cli above demo above training, and the arrows between them."""
+    boxes = {
+        "cli": Panel(CENTRE - 84, 16, 168, 42),
+        "demo": Panel(CENTRE - 84, 76, 168, 42),
+        "training": Panel(panel.x, 136, panel.width, 44),
+    }
+    arrows = outer_arrows()
+    for above, below in pairwise(boxes):
+        if below in arrows[above]:
+            p.arrow((CENTRE, boxes[above].bottom), (CENTRE, boxes[below].y))
+    if "core" in arrows["training"]:
+        p.arrow((CENTRE, boxes["training"].bottom), (CENTRE, panel.y))
+    for name, box in boxes.items():
+        title = "cli.py" if name == "cli" else f"{name}/"
+        unit_box(p, box, "w" if name == "cli" else "x", title, SUBPACKAGES[name])
+
+
+def draw_core(p: Picture, panel: Panel) -> None:
+    """The files of the core, numbered; at their right the imports, all but one to what was read."""
+    p.box(*panel, "paper", r=8)
+    p.text(panel.x + 16, panel.y + 22, "the core, in reading order", "head")
+    rows = {
+        name: Panel(panel.x + 16, panel.y + 34 + ROW * i, ROW_WIDTH, ROW_HEIGHT)
+        for i, name in enumerate(CORE)
+    }
+    number = {name: i for i, name in enumerate(CORE)}
+    past: list[tuple[int, str, str]] = []
+    imports = arrows()
+    for name, row in rows.items():
+        for other in sorted(imports[name] & rows.keys()):
+            span = number[name] - number[other]
+            if span == 1:
+                p.arrow((row.x + 24, row.y), (row.x + 24, rows[other].bottom))
+            else:
+                past.append((abs(span), name, other))
+    for track, (_, name, other) in enumerate(sorted(past)):
+        import_past(p, rows[name], rows[other], track)
+    for name, row in rows.items():
+        p.box(*row, "paper", r=5)
+        p.box(*row, "lora", r=5)
+        p.text(row.x + 24, row.y + 24, str(number[name] + 1), "head", "middle")
+        p.text(row.x + 46, row.y + 16, f"{name}.py", "mono")
+        p.text(row.x + 46, row.y + 31, CORE[name], "small soft")
+
+
+def import_past(p: Picture, start: Panel, end: Panel, track: int) -> None:
+    """An arrow from one row to another, at the right of the rows between them."""
+    turn = start.right + 16 + 14 * track
+    down = start.y < end.y
+    y0 = start.y + start.height * (0.7 if down else 0.3)
+    y1 = end.y + end.height * (0.3 if down else 0.7)
+    p.arrow((start.right, y0), (turn, y0), (turn, y1), (end.right, y1))
+
+
+def draw_sides(p: Picture, panel: Panel) -> None:
+    """The subpackages at both sides of the core."""
+    height, ys = 74, (panel.y + 74, panel.y + 244)
+    columns = ((LEFT_SIDE, 28.0, -1), (RIGHT_SIDE, WIDE - 28.0 - SIDE_WIDTH, 1))
+    for names, x, side in columns:
+        boxes = {name: Panel(x, y, SIDE_WIDTH, height) for name, y in zip(names, ys, strict=True)}
+        draw_side_arrows(p, panel, boxes, side)
+        for name, box in boxes.items():
+            unit_box(p, box, "x", f"{name}/", SUBPACKAGES[name])
+
+
+def draw_side_arrows(p: Picture, panel: Panel, boxes: dict[str, Panel], side: int) -> None:
+    """From training into the boxes of one side, from box to box, and from a box into the core."""
+    arrows = outer_arrows()
+    (upper, first), (lower, second) = boxes.items()
+    from_training = panel.right if side > 0 else panel.x
+    middle = first.x + SIDE_WIDTH / 2
+    if upper in arrows["training"]:
+        p.arrow((from_training, 166), (middle, 166), (middle, first.y))
+    if lower in arrows["training"]:
+        outside = WIDE - 12 if side > 0 else 12
+        edge = second.right if side > 0 else second.x
+        y = second.y + second.height / 2
+        p.arrow((from_training, 150), (outside, 150), (outside, y), (edge, y))
+    if lower in arrows[upper]:
+        p.arrow((middle, first.bottom), (middle, second.y))
+    for name, box in boxes.items():
+        if "core" in arrows[name]:
+            start, end = (box.x, panel.right) if side > 0 else (box.right, panel.x)
+            p.arrow((start, box.y + box.height / 2), (end, box.y + box.height / 2))
+
+
+def draw_kernels(p: Picture, panel: Panel) -> None:
+    """The three folders of kernels; ops loads them when it needs them."""
+    box = Panel(16, panel.bottom + 36, WIDE - 32, 142)
+    p.box(*box, "paper", r=8)
+    p.text(CENTRE, box.y + 23, "the kernels", "head", "middle")
+    text = "each function three times, under one name and signature"
+    p.text(CENTRE, box.y + 41, text, "small soft", "middle")
+    boxes = {
+        name: Panel(CENTRE - 84 + 236 * (i - 1), box.y + 54, 168, 74)
+        for i, name in enumerate(KERNELS)
+    }
+    ops = panel.y + 34 + ROW * (len(CORE) - 1) + ROW_HEIGHT
+    imports = arrows()
+    for i, (name, kernel) in enumerate(boxes.items()):
+        x = kernel.x + kernel.width / 2
+        if name in imports["ops"]:
+            y, start = ops + 22, panel.x + 60 + 20 * i
+            p.arrow((start, ops), (start, y), (x, y), (x, kernel.y), style="ink dash")
+        if "kernels.reference" in imports[name]:
+            reference = boxes["kernels.reference"]
+            left = name == "kernels.cpu"
+            start, end = (kernel.right, reference.x) if left else (kernel.x, reference.right)
+            p.arrow((start, kernel.y + 37), (end, kernel.y + 37))
+    for name, kernel in boxes.items():
+        title = f"{name.replace('.', '/')}/"
+        unit_box(p, kernel, "code", title, KERNELS[name])
 
 
 PICTURES: dict[str, Callable[[], Picture]] = {
@@ -416,7 +547,7 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "fused-product": fused,
     "lora-shapes": lora,
     "pages": pages,
-    "rooms": architecture,
+    "structure": structure,
 }
 
 

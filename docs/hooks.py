@@ -1,14 +1,18 @@
-"""How the repository becomes a site, in the places where MkDocs would not see it by itself.
+"""How the repository becomes a site: hooks for everything that MkDocs does not do by itself.
 
-MkDocs makes pages of `docs/`. Most of what is worth reading lies elsewhere, where people look for it in a repository: README.md,
-the notebooks, kernels/README.md, the source itself. Nothing is copied and nothing is written twice: `on_files` adds each as a page
-in memory (`File.generated`), a notebook by way of nbconvert, its pictures as files.
+MkDocs makes pages from `docs/`. Most of what is worth reading is elsewhere, where people look for
+it in a repository: README.md, the notebooks, kernels/README.md, the source itself. Nothing is
+copied and nothing is written twice: `on_files` adds each of them as a page in memory
+(`File.generated`), a notebook through nbconvert, with its images as files.
 
-Links are written for a reader of the repository, from file to file (`../kernels/reference/nf4.py`). One function, `place`, says
-where a file of the repository stands in the site, and `Links` rewrites every link of every page by it. A source file, or a folder,
-gets a page because something links to it. What exists nowhere has no page, MkDocs says so, and `mkdocs build --strict` fails.
+Links are written for a reader of the repository, from file to file
+(`../kernels/reference/nf4.py`). One function, `place`, maps a file of the repository to its place
+in the site, and `Links` uses it to rewrite every link of every page. A source file or a folder gets
+a page when something links to it. A link to a file that does not exist fails the build
+(`mkdocs build --strict`).
 
-Two more: patterns in the navigation (`on_config`), and `Docstrings`, by which mkdocstrings reads our docstrings.
+Two more hooks: patterns in the navigation (`on_config`), and `Docstrings`, which prepares our
+docstrings for mkdocstrings.
 """
 
 import importlib.metadata
@@ -36,29 +40,37 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "kernels/README.md": "kernels/formulas.md",
 }
-FENCE = "~" * 10  # longer than any in what it encloses
-HIDDEN = "---\nhide: [navigation, toc]\nsearch: { exclude: true }\n---\n\n"  # found by links alone; room for long lines
 
+# Two or more exceptions at the start of a line: "    ValueError, TypeError:".
+ERRORS = re.compile(r"^ +[\w.]+Error(?:, [\w.]+Error)+:", re.MULTILINE)
 
-# ---- places and links
+# Longer than any fence in the text that it encloses.
+FENCE = "~" * 10
+
+# The front matter of a page that is found by links alone and uses the full width.
+HIDDEN = "---\nhide: [navigation, toc]\nsearch: { exclude: true }\n---\n\n"
 
 
 def place(path: str) -> str:
-    """Where the file or folder `path` of the repository stands in the site, as MkDocs names its sources."""
+    """The place in the site of a file or folder of the repository, as MkDocs names its sources."""
     first, _, rest = path.partition("/")
     if path in PAGES:
         return PAGES[path]
     if first == "docs" and not path.endswith(".py"):
         return rest
     if first == "notebooks" and path.endswith(".ipynb"):
-        return f"tutorials/{Path(path).stem.partition('-')[2]}.md"  # 4-double-quantization: the number orders and names nothing
+        # 4-double-quantization: the number is for the order and no part of the name.
+        return f"tutorials/{Path(path).stem.partition('-')[2]}.md"
     if first == "notebooks":
         return f"tutorials/{rest}"
     return f"source/{path}/index.md" if (ROOT / path).is_dir() else f"source/{path}.md"
 
 
 def target(link: str, origin: str) -> str:
-    """The path in the repository that a link in the file `origin` names; "" if it is none: a URL, an anchor of the same page."""
+    """The path in the repository that a link in the file `origin` points to.
+
+    "" for a link that points to no file: a URL, or an anchor of the same page.
+    """
     url = urlsplit(link)
     if url.scheme or url.netloc or not url.path or url.path.startswith("/"):
         return ""
@@ -66,18 +78,18 @@ def target(link: str, origin: str) -> str:
 
 
 class Links(Treeprocessor, Extension):
-    """Rewrites the links of a page from places in the repository to places in the site, before MkDocs looks at them."""
+    """Rewrites links to places in the repository as links to places in the site."""
 
     def __init__(self) -> None:
         Treeprocessor.__init__(self)
         Extension.__init__(self)
-        self.origins: dict[str, str] = {}  # page -> the file in the repository
+        # Page of the site -> file in the repository.
+        self.origins: dict[str, str] = {}
         self.page = ""
 
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
-        md.treeprocessors.register(
-            self, "places", 5
-        )  # after the inline patterns (20), before MkDocs' own check (0)
+        # After the inline patterns (20), before MkDocs' own check (0).
+        md.treeprocessors.register(self, "places", 5)
 
     def run(self, root: Element) -> None:
         origin = self.origins.get(self.page)
@@ -97,11 +109,8 @@ class Links(Treeprocessor, Extension):
 LINKS = Links()
 
 
-# ---- pages
-
-
 def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
-    """A stored notebook as Markdown, and its pictures: file name -> content."""
+    """A stored notebook as Markdown, and its images: file name -> content."""
     slug = Path(place(path.relative_to(ROOT).as_posix())).stem
     exporter = MarkdownExporter(raw_template=TEMPLATE.replace("FENCE", FENCE))
     text, resources = exporter.from_filename(
@@ -141,7 +150,8 @@ def source(path: Path) -> str:
     """A source file as a page: its lines, numbered and highlighted."""
     language = {".py": "python", ".json": "json", ".toml": "toml"}.get(path.suffix, "text")
     name = path.relative_to(ROOT).as_posix()
-    return f'{HIDDEN}# {name}\n\n{FENCE} {{ .{language} linenums="1" }}\n{path.read_text().rstrip()}\n{FENCE}\n'
+    opening = f'{FENCE} {{ .{language} linenums="1" }}'
+    return f"{HIDDEN}# {name}\n\n{opening}\n{path.read_text().rstrip()}\n{FENCE}\n"
 
 
 def folder(path: Path) -> str:
@@ -159,7 +169,7 @@ def contents(path: Path) -> list[Path]:
 
 
 def linked(texts: dict[str, str]) -> Iterator[Path]:
-    """The source files and folders that these files of the repository link to. A pattern will do: what is no file has no page."""
+    """The source files and folders that these files of the repository link to."""
     for origin, text in texts.items():
         for link in re.findall(r"\]\(\s*<?([^)>#\s]+)", text):
             path = target(link, origin)
@@ -179,13 +189,10 @@ def linked(texts: dict[str, str]) -> Iterator[Path]:
 
 
 def mathjax() -> bytes:
-    """MathJax in one file, which asks for no other, out of a package that brings it along."""
+    """MathJax as a single file, from a package that contains it."""
     files = importlib.metadata.files("sphinx-mathjax-offline") or []
     (path,) = [f for f in files if f.name == "tex-svg.js"]
     return Path(str(path.locate())).read_bytes()
-
-
-# ---- what MkDocs calls
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -207,7 +214,7 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Adds the pages that do not lie in docs/, and what they show."""
+    """Adds the pages whose files are not in docs/, and their images."""
 
     def add(
         uri: str, content: str | bytes, inclusion: InclusionLevel = InclusionLevel.INCLUDED
@@ -234,14 +241,20 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> None:
     LINKS.page = page.file.src_uri
     if page.is_homepage:
-        page.meta["hide"] = ["navigation"]  # a list of one
+        # A list of one entry is no help there.
+        page.meta["hide"] = ["navigation"]
 
 
 class Docstrings(griffe.Extension):
-    """`Example:` of our docstrings is `Examples:` to mkdocstrings, which then shows a session of Python as one."""
+    """Prepares docstrings for mkdocstrings.
+
+    `Example:` becomes `Examples:`, which is shown as a Python session. `ValueError, TypeError: ...`
+    becomes `ValueError | TypeError: ...`; the comma would be shown as a tuple.
+    """
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = re.sub(
+            text = re.sub(
                 r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE
             )
+            obj.docstring.value = ERRORS.sub(lambda m: m[0].replace(",", " |"), text)

@@ -1,24 +1,34 @@
-"""A few functions that write SVG: a sheet of paper with boxes, lines and text, readable in a light and in a dark page."""
+"""A few functions that write SVG: boxes, lines and text that read well on a light or dark page."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-SMALLEST = 12  # px of text in a picture 720 wide: 11.7 px where the page shows it 700 wide
+# The smallest text, in px of a picture 720 wide; the page shows it 700 wide, where it has 11.7 px.
+SMALLEST = 12
 
-# Fills are half transparent, so that they are light on white paper and dark on dark paper; the ink changes with the paper.
-COLOURS = {"x": "#3b82c4", "w": "#8a939c", "lora": "#d98a3d", "grad": "#9a6fd0", "code": "#3f9f78"}
+# Fills are translucent: light on white paper, dark on dark paper. The ink changes with the paper.
+COLOURS = {
+    "x": "#3b82c4",
+    "w": "#8a939c",
+    "lora": "#d98a3d",
+    "grad": "#9a6fd0",
+    "code": "#3f9f78",
+}
 STYLE = "".join(
     [
-        "text{font:13px system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;fill:#1f2328}",
-        f".mono{{font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace}}.small{{font-size:{SMALLEST}px}}",
+        "text{font:13px system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;",
+        "fill:#1f2328}",
+        ".mono{font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace}",
+        f".small{{font-size:{SMALLEST}px}}",
         ".head{font-weight:600;font-size:14px}.soft{fill:#57606a}.paper{fill:#fff;stroke:#d5dae0}",
         ".ink{stroke:#57606a;fill:none}.tip{fill:#57606a}.dash{stroke-dasharray:5 4}",
         *(
             f".{name}{{fill:{c};fill-opacity:.3;stroke:{c}}}.line-{name}{{stroke:{c};fill:none}}"
             for name, c in COLOURS.items()
         ),
-        "@media (prefers-color-scheme:dark){text{fill:#e6eaef}.soft{fill:#aab4c0}.paper{fill:#1e2129;stroke:#3a414d}",
+        "@media (prefers-color-scheme:dark){text{fill:#e6eaef}.soft{fill:#aab4c0}",
+        ".paper{fill:#1e2129;stroke:#3a414d}",
         ".ink{stroke:#aab4c0}.tip{fill:#aab4c0}}",
     ]
 )
@@ -26,11 +36,7 @@ STYLE = "".join(
 
 def n(value: float) -> str:
     """A number as SVG needs it: to a tenth of a pixel."""
-    return (
-        f"{value:.1f}".removesuffix(".0").replace("-0", "0")
-        if abs(value) < 0.05
-        else f"{value:.1f}".removesuffix(".0")
-    )
+    return "0" if abs(value) < 0.05 else f"{value:.1f}".removesuffix(".0")
 
 
 class Picture:
@@ -52,17 +58,15 @@ class Picture:
         r: float = 3,
     ) -> None:
         """A rectangle, with a text in its middle."""
-        self.parts.append(
-            f'<rect x="{n(x)}" y="{n(y)}" width="{n(w)}" height="{n(h)}" rx="{n(r)}" class="{kind or "ink"}"/>'
-        )
+        where = f'x="{n(x)}" y="{n(y)}" width="{n(w)}" height="{n(h)}" rx="{n(r)}"'
+        self.parts.append(f'<rect {where} class="{kind or "ink"}"/>')
         if text:
             self.text(x + w / 2, y + h / 2 + 4.5, text, style, "middle")
 
     def text(self, x: float, y: float, text: str, style: str = "", anchor: str = "start") -> None:
         """One line of text; y is its base line."""
-        self.parts.append(
-            f'<text x="{n(x)}" y="{n(y)}" class="{style}" text-anchor="{anchor}">{escape(text)}</text>'
-        )
+        where = f'x="{n(x)}" y="{n(y)}" class="{style}" text-anchor="{anchor}"'
+        self.parts.append(f"<text {where}>{escape(text)}</text>")
 
     def line(
         self, points: Sequence[tuple[float, float]], style: str = "ink", width: float = 1
@@ -80,6 +84,7 @@ class Picture:
         length = ((x - x0) ** 2 + (y - y0) ** 2) ** 0.5
         dx, dy = (x - x0) / length, (y - y0) / length
         back = (x - 8 * dx, y - 8 * dy)
+
         self.line([*points[:-1], back], style, 1.3)
         wings = [(back[0] - 3.5 * dy, back[1] + 3.5 * dx), (back[0] + 3.5 * dy, back[1] - 3.5 * dx)]
         path = " ".join(f"{n(a)},{n(b)}" for a, b in ((x, y), *wings))
@@ -90,12 +95,18 @@ class Picture:
         self.line([(x0, y), (x0, y + depth), (x1, y + depth), (x1, y)])
 
     def __str__(self) -> str:
-        size = (
-            f'viewBox="0 0 {self.width} {self.height}" width="{self.width}" height="{self.height}"'
-        )
-        paper = f'<rect x="0.5" y="0.5" width="{self.width - 1}" height="{self.height - 1}" rx="6" class="paper"/>'
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">\n<title>{escape(self.title)}</title>\n'
-        return f"{head}<style>{STYLE}</style>\n{paper}\n" + "\n".join(self.parts) + "\n</svg>\n"
+        width, height = self.width, self.height
+        size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+        inner = f'width="{width - 1}" height="{height - 1}"'
+        lines = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
+            f"<title>{escape(self.title)}</title>",
+            f"<style>{STYLE}</style>",
+            f'<rect x="0.5" y="0.5" {inner} rx="6" class="paper"/>',
+            *self.parts,
+            "</svg>",
+        ]
+        return "\n".join(lines) + "\n"
 
     def save(self, path: Path) -> None:
         path.write_text(str(self))

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from minilora.functional import lora_linear as lora_linear
 from minilora.functional import nf4_linear as nf4_linear
-from minilora.layers import LoRALinear as LoRALinear
 from minilora.layers import NF4Linear as NF4Linear
+from minilora.layers import QLoRALinear as QLoRALinear
+from minilora.lora import LoRA as LoRA
+from minilora.lora import LoRALinear as LoRALinear
 from minilora.merging import merge as merge
 from minilora.nf4 import NF4Weight as NF4Weight
 from minilora.nf4 import dequantize_nf4 as dequantize_nf4
@@ -29,6 +31,7 @@ from minilora.surgery import disabled as disabled
 from minilora.surgery import eject as eject
 from minilora.surgery import inject as inject
 from minilora.surgery import quantize as quantize
+from minilora.surgery import use as use
 
 if TYPE_CHECKING:
     from minilora.files import load_adapter as load_adapter
@@ -56,10 +59,12 @@ _SUBPACKAGE = {
 
 __all__ = [
     "FinetuneConfig",
+    "LoRA",
     "LoRALinear",
     "NF4Linear",
     "NF4Weight",
     "PagedAdamW",
+    "QLoRALinear",
     "adapter_parameters",
     "audit",
     "dequantize_nf4",
@@ -77,6 +82,7 @@ __all__ = [
     "quantize_nf4",
     "retry_on_oom",
     "save_adapter",
+    "use",
 ]
 
 

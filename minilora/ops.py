@@ -1,11 +1,16 @@
-"""The operators `torch.ops.minilora.*`: one schema each, and PyTorch's dispatcher chooses the kernel.
+"""The operators `torch.ops.minilora.*`: one schema each, and PyTorch's dispatcher picks the kernel.
 
-    CPU -> kernels/cpu (Numba)        CUDA, which is AMD's too -> kernels/gpu (Triton)
-    any other device -> kernels/reference        meta, torch.compile -> the fakes below, shapes only
+    CPU -> kernels/cpu (Numba)
+    CUDA, which is AMD's name too -> kernels/gpu (Triton)
+    any other device -> kernels/reference
+    meta, torch.compile -> the fakes below: shapes only
 
-No autograd here (functional.py has it) and no validation (weight.py and functional.py have it). Kernels are imported at their
-first call, so `import minilora` pays neither for Numba nor for Triton. Products are operators of their own and not a
-composition with `dequantize`: torch.compile would merge the forward's dense weight with the backward's and keep it.
+A schema has no records, so a weight crosses the dispatcher in parts: `_flatten` takes it apart on
+this side and `_assemble` puts it together on the other. Everywhere else it is one argument.
+
+Autograd is in functional.py, validation there and in nf4.py. A backend is imported at its first
+call, so `import minilora` pays neither for Numba nor for Triton. The products are operators of
+their own: of two calls to `dequantize`, torch.compile would make one and keep the dense weight.
 """
 
 import functools
@@ -16,107 +21,135 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GROUP = 256  # blocks that share one absmax2, as in kernels/reference/nf4.py, which is imported at its first call only
+from minilora.kernels.reference.nf4 import GROUP, PackedWeight
 
-_WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
+_WEIGHT = (
+    "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, "
+    "SymInt[] shape, int block_size, str quant_type"
+)
 
-_LORA = "float scale, SymInt[] shape, int block_size"
+_LOW_RANK = "Tensor left, Tensor right, float scale"
 
-_SCHEMAS = {  # operator: (module of the kernel, signature)
-    "quantize": ("nf4", "(Tensor x, int block_size) -> (Tensor, Tensor)"),
+# operator: (file of the kernel, signature)
+_SCHEMAS = {
+    "quantize": ("nf4", "(Tensor x, int block_size, str quant_type='nf4') -> (Tensor, Tensor)"),
     "double_quantize": ("nf4", "(Tensor absmax) -> (Tensor, Tensor, Tensor)"),
     "double_dequantize": ("nf4", "(Tensor codes, Tensor absmax2, Tensor offset) -> Tensor"),
-    "dequantize": (
-        "nf4",
-        f"({_WEIGHT}, SymInt[] shape, ScalarType dtype, int block_size) -> Tensor",
-    ),
-    "nf4_linear": (
-        "matmul",
-        f"(Tensor x, {_WEIGHT}, Tensor? bias, SymInt[] shape, int block_size) -> Tensor",
-    ),
-    "nf4_linear_backward": (
-        "matmul",
-        f"(Tensor dy, {_WEIGHT}, SymInt[] shape, int block_size) -> Tensor",
-    ),
-    "nf4_lora_linear": (
-        "lora",
-        f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor z, Tensor B, {_LORA}) -> Tensor",
-    ),
-    "nf4_lora_linear_backward": (
-        "lora",
-        f"(Tensor dy, {_WEIGHT}, Tensor u, Tensor A, {_LORA}) -> Tensor",
-    ),
+    "dequantize": ("nf4", f"({_WEIGHT}, ScalarType dtype) -> Tensor"),
+    "nf4_linear": ("matmul", f"(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor"),
+    "nf4_linear_backward": ("matmul", f"(Tensor dy, {_WEIGHT}) -> Tensor"),
+    "nf4_lora_linear": ("lora", f"(Tensor x, {_WEIGHT}, Tensor? bias, {_LOW_RANK}) -> Tensor"),
+    "nf4_lora_linear_backward": ("lora", f"(Tensor dy, {_WEIGHT}, {_LOW_RANK}) -> Tensor"),
 }
 
 
-def _kernel(room: str, module: str, name: str) -> Callable[..., Any]:
-    """Returns a function that imports minilora.kernels.<room>.<module> when it is first called."""
+def _flatten(w: Any) -> tuple[Any, ...]:
+    """Returns an `NF4Weight`, or a `PackedWeight`, in the parts of `_WEIGHT`."""
+    return w.packed, w.absmax, w.absmax2, w.offset, w.shape, w.block_size, w.quant_type
+
+
+def _assemble(signature: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Returns a function that makes a `PackedWeight` of the parts in an operator's arguments."""
+    if _WEIGHT not in signature:
+        return lambda args: args
+
+    first = signature[: signature.index(_WEIGHT)].count(",")
+    last = first + len(PackedWeight._fields)
+
+    def assemble(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        packed, absmax, absmax2, offset, shape, block_size, quant_type = args[first:last]
+        parts = packed, absmax, absmax2, offset, tuple(shape), block_size, quant_type
+        return (*args[:first], PackedWeight(*parts), *args[last:])
+
+    return assemble
+
+
+def _kernel(backend: str, file: str, name: str) -> Callable[..., Any]:
+    """Returns a function that imports minilora.kernels.<backend>.<file> when it is first called."""
+    assemble = _assemble(_SCHEMAS[name][1])
 
     @functools.cache
     def load() -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"minilora.kernels.{room}.{module}"), name)  # type: ignore[no-any-return]
+        module = importlib.import_module(f"minilora.kernels.{backend}.{file}")
+        return getattr(module, name)  # type: ignore[no-any-return]
 
     def call(*args: Any) -> Any:
-        with torch.autocast(
-            args[0].device.type, enabled=False
-        ):  # the fakes promise the input's dtype
-            return load()(*args)
+        device = args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return load()(*assemble(args))
+        # The fakes promise the dtype of the input.
+        with torch.autocast(device, enabled=False):
+            return load()(*assemble(args))
 
     return call
 
 
-def _fake_quantize(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+# The fakes have the signatures of the kernels.
+
+
+def _fake_quantize(x: Tensor, block_size: int, quant_type: str = "nf4") -> tuple[Tensor, Tensor]:
     packed = x.new_empty((x.numel() + 1) // 2, dtype=torch.uint8)
-    return packed, x.new_empty((x.numel() + block_size - 1) // block_size, dtype=torch.float32)
+    blocks = (x.numel() + block_size - 1) // block_size
+    return packed, x.new_empty(blocks, dtype=torch.float32)
 
 
 def _fake_double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    codes = torch.empty_like(absmax, dtype=torch.uint8)
     groups = (absmax.numel() + GROUP - 1) // GROUP
-    return (
-        torch.empty_like(absmax, dtype=torch.uint8),
-        absmax.new_empty(groups),
-        absmax.new_empty(()),
-    )
+    return codes, absmax.new_empty(groups), absmax.new_empty(())
 
 
 def _fake_double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
-def _fake_dequantize(
-    packed: Tensor, absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None, *layout: Any
-) -> Tensor:
-    shape, dtype, _ = layout
-    return packed.new_empty(shape, dtype=dtype)
+def _fake_dequantize(w: PackedWeight, dtype: torch.dtype) -> Tensor:
+    return w.packed.new_empty(w.shape, dtype=dtype)
 
 
-def _fake_nf4_linear(x: Tensor, *weight: Any) -> Tensor:
-    *_, shape, _ = weight
-    return x.new_empty((*x.shape[:-1], shape[0]))
+def _fake_nf4_linear(x: Tensor, w: PackedWeight, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[0]))
 
 
-def _fake_nf4_linear_backward(dy: Tensor, *weight: Any) -> Tensor:
-    *_, shape, _ = weight
-    return dy.new_empty((*dy.shape[:-1], shape[1]))
+def _fake_nf4_linear_backward(dy: Tensor, w: PackedWeight, *rest: Any) -> Tensor:
+    return dy.new_empty((*dy.shape[:-1], w.shape[1]))
 
 
 _fake_nf4_lora_linear = _fake_nf4_linear
 _fake_nf4_lora_linear_backward = _fake_nf4_linear_backward
 
-for _name, (_module, _signature) in _SCHEMAS.items():
-    torch.library.define(f"minilora::{_name}", _signature)
-    torch.library.impl(
-        f"minilora::{_name}", "CompositeExplicitAutograd", _kernel("reference", _module, _name)
-    )
-    torch.library.impl(f"minilora::{_name}", "CPU", _kernel("cpu", _module, _name))
-    torch.library.impl(f"minilora::{_name}", "CUDA", _kernel("gpu", _module, _name))
-    torch.library.register_fake(f"minilora::{_name}", globals()[f"_fake_{_name}"])
+
+def _fake(name: str) -> Callable[..., Any]:
+    shapes = globals()[f"_fake_{name}"]
+    assemble = _assemble(_SCHEMAS[name][1])
+    return lambda *args: shapes(*assemble(args))
+
+
+for _name, (_file, _signature) in _SCHEMAS.items():
+    _operator = f"minilora::{_name}"
+    _reference = _kernel("reference", _file, _name)
+
+    torch.library.define(_operator, _signature)
+    torch.library.impl(_operator, "CompositeExplicitAutograd", _reference)
+    torch.library.impl(_operator, "CPU", _kernel("cpu", _file, _name))
+    torch.library.impl(_operator, "CUDA", _kernel("gpu", _file, _name))
+    torch.library.register_fake(_operator, _fake(_name))
+
+
+def _with_weight(name: str) -> Callable[..., Any]:
+    """The operator as a function (x, w, ...) of the signature of kernels/reference."""
+    operator = getattr(torch.ops.minilora, name).default
+    return lambda x, w, *rest: operator(x, *_flatten(w), *rest)
+
 
 quantize = torch.ops.minilora.quantize.default
 double_quantize = torch.ops.minilora.double_quantize.default
 double_dequantize = torch.ops.minilora.double_dequantize.default
-dequantize = torch.ops.minilora.dequantize.default
-nf4_linear = torch.ops.minilora.nf4_linear.default
-nf4_linear_backward = torch.ops.minilora.nf4_linear_backward.default
-nf4_lora_linear = torch.ops.minilora.nf4_lora_linear.default
-nf4_lora_linear_backward = torch.ops.minilora.nf4_lora_linear_backward.default
+nf4_linear = _with_weight("nf4_linear")
+nf4_linear_backward = _with_weight("nf4_linear_backward")
+nf4_lora_linear = _with_weight("nf4_lora_linear")
+nf4_lora_linear_backward = _with_weight("nf4_lora_linear_backward")
+
+
+def dequantize(w: Any, dtype: torch.dtype) -> Any:
+    return torch.ops.minilora.dequantize.default(*_flatten(w), dtype)

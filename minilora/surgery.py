@@ -1,25 +1,32 @@
-"""The room that edits a user's model: quantize, inject, eject (and merge, in merging.py); and two that look or switch.
+"""The file that edits a model: quantize, inject, eject, use; and `disabled` and `audit`.
 
-Every function first checks all that it can, then edits: a refused call leaves the model as it was.
+Every function first checks all that it can and allocates all that it needs, then edits: a call that
+is refused, or that runs out of memory, leaves the model as it was. Merging is in `merging.py`.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from minilora.layers import LoRALinear, NF4Linear, check_adapter, check_base
-from minilora.nf4 import check_block_size
-from minilora.targets import DEFAULT_EXCLUDE, Site, Targets, is_named, near_misses, resolve, sites
+from minilora.bypass import check_called, guard_fused_encoders
+from minilora.layers import NF4Linear, adapter_class, add_adapter, become, remove_adapter
+from minilora.lora import LoRA, LoRALayer, check_layer
+from minilora.nf4 import check_format, is_finite
+from minilora.targets import (
+    DEFAULT_EXCLUDE,
+    Targets,
+    adapted_layers,
+    adapter_names,
+    linear_layers,
+    select_layers,
+    select_parameters,
+    tied_parameters,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-# ---- quantize
 
 
 def quantize(
@@ -32,41 +39,31 @@ def quantize(
     double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
 ) -> Model:
-    r"""Replaces linear layers by 4-bit ones, in place, layer by layer; each dense weight is freed as it goes.
+    r"""Makes linear layers 4-bit ones, in place; each dense weight is freed before the next.
 
-    What a layer's weight becomes says `NF4Weight` (QLoRA, arXiv:2305.14314, section 3); its bias stays dense.
+    See `NF4Weight` for the format (QLoRA, arXiv:2305.14314, section 3). A bias stays dense.
 
     Args:
-        model: any module; its `nn.Linear` layers are found by `targets`.
-        targets: "all-linear"; a name or names, matched on the last part or a dotted end ("q_proj", "self_attn.q_proj");
-            a compiled regular expression (searched in the full name); or a callable (name, module) -> bool.
-        exclude: names left out; the default leaves out the head of "all-linear" and gives way to targets that name it.
-        quant_type: "nf4".
-        block_size: weights that share an absmax.
-        double_quant: 4.127 bits a weight in place of 4.5.
-        compute_dtype: the products' dtype; None: the input's.
-
-    Returns:
-        The model.
+        model: any module.
+        targets: "all-linear"; a name or names, matched on the last part or a dotted end ("q_proj",
+            "self_attn.q_proj"); a compiled regular expression (searched in the full name); or a
+            callable (name, module) -> bool.
+        exclude: names left out. The default leaves out the head, unless targets name it.
+        quant_type, block_size, double_quant: as for `quantize_nf4`.
+        compute_dtype: dtype of the products. Default: the input's.
 
     Raises:
-        ValueError: a target matches nothing; a layer is quantized already; a weight holds NaN or infinity (the layer is
-            named) or is tied to another one.
+        ValueError, TypeError: a target matches nothing, or a layer (which is named) is quantized
+            already, holds NaN or infinity, shares its weight, or computes something else.
 
     Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
         >>> type(quantize(model)[0]).__name__
         'NF4Linear'
     """
-    for _ in quantize_steps(
-        model,
-        targets,
-        exclude=exclude,
-        quant_type=quant_type,
-        block_size=block_size,
-        double_quant=double_quant,
-        compute_dtype=compute_dtype,
-    ):
+    options = {"block_size": block_size, "double_quant": double_quant, "quant_type": quant_type}
+    steps = quantize_steps(model, targets, exclude=exclude, compute_dtype=compute_dtype, **options)
+    for _ in steps:
         pass
     return model
 
@@ -76,111 +73,19 @@ def quantize_steps(
     targets: Targets = "all-linear",
     *,
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    double_quant: bool = True,
-    compute_dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> Iterator[tuple[int, int]]:
-    """`quantize` as an iterator, for a progress bar: yields (layers done, layers in all) after each layer."""
-    if quant_type != "nf4":
-        raise ValueError(f"quant_type={quant_type!r}: minilora quantizes to 'nf4'")
-    check_block_size(block_size)
-    chosen = resolve(model, targets, exclude)
-    tied = tied_names(model)
-    for name, site in chosen.items():
-        _check_quantizable(name, site, tied)
-    for done, site in enumerate(chosen.values(), start=1):
-        layer = site.layer
-        site.replace(
-            NF4Linear.from_linear(
-                layer, block_size=block_size, double_quant=double_quant, compute_dtype=compute_dtype
-            )
-        )
-        site.layer = None  # the last reference: the dense weight is freed here
-        del layer
+    """`quantize` as an iterator, for a progress bar: yields (layers done, layers in all)."""
+    check_format(options.get("block_size", 64), options.get("quant_type", "nf4"))
+    chosen = select_layers(model, targets, exclude)
+    check_can_be_quantized(model, chosen)
+    for name, layer in chosen.items():
+        _check_values(name, layer.weight)
+
+    for done, layer in enumerate(chosen.values(), start=1):
+        become(layer, NF4Linear.from_linear(layer, **options))
         yield done, len(chosen)
-    route(model)
-
-
-def _check_quantizable(name: str, site: Site, tied: Mapping[int, str]) -> None:
-    if isinstance(site.layer, NF4Linear):
-        raise ValueError(
-            f"{name} is quantized already: leave it out with exclude=, or quantize a fresh model"
-        )
-    if isinstance(site.layer, LoRALinear):
-        raise ValueError(
-            f"{name} has an adapter: quantize the model first, inject afterwards (or minilora.eject it)"
-        )
-    check_site(name, site)
-    check_untied(name, site, tied)
-    weight = site.layer.weight
-    if weight.is_meta:
-        raise ValueError(f"{name} is on the meta device and has no values: load the model first")
-    if not all(math.isfinite(bound.float()) for bound in weight.detach().aminmax()):
-        raise ValueError(
-            f"{name}.weight holds NaN or infinity and cannot be quantized: mend the checkpoint, or exclude it"
-        )
-
-
-def check_untied(name: str, site: Site, tied: Mapping[int, str]) -> None:
-    """Raises ValueError if the layer's weight stands in another module too."""
-    if (names := tied.get(id(site.layer._parameters.get("weight")))) is not None:
-        raise ValueError(
-            f"{name} shares its weight with another layer ({names}): quantizing would untie them; exclude it"
-        )
-
-
-def tied_names(model: nn.Module) -> dict[int, str]:
-    """Parameters that stand in more than one module: id -> their names."""
-    names: dict[int, dict[int, str]] = {}
-    for path, module in model.named_modules():
-        for name, p in module.named_parameters(path, recurse=False):
-            names.setdefault(id(p), {})[id(module)] = name
-    return {key: " and ".join(found.values()) for key, found in names.items() if len(found) > 1}
-
-
-def check_site(name: str, site: Site) -> None:
-    check_base(site.layer, name)
-    for parent, _ in site.places:
-        if isinstance(parent, nn.MultiheadAttention):
-            raise TypeError(
-                f"{name}: nn.MultiheadAttention reads this layer's weight and never calls the layer, so what is put here would be "
-                f"gone round without a word. Leave it out: exclude=({name.rpartition('.')[2]!r},)"
-            )
-
-
-def route(model: nn.Module) -> None:
-    """Switches off the paths of torch's encoder that read the weights of our layers without calling them, or on again.
-
-    In eval mode nn.TransformerEncoderLayer hands the weights of linear1 and linear2 to one fused kernel, and
-    nn.TransformerEncoder packs its input for it.
-    """
-    switches = {
-        nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
-        nn.TransformerEncoder: ("use_nested_tensor", False),
-    }
-    for module in model.modules():
-        for kind, (attribute, off) in switches.items():
-            if isinstance(module, kind):
-                ours = any(isinstance(m, LoRALinear | NF4Linear) for m in module.modules())
-                if ours and not hasattr(module, "_minilora_fast_path"):
-                    module._minilora_fast_path = getattr(module, attribute)
-                    setattr(module, attribute, off)
-                elif not ours and hasattr(module, "_minilora_fast_path"):
-                    setattr(module, attribute, module._minilora_fast_path)
-                    del module._minilora_fast_path
-
-
-# ---- inject, eject
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """What one layer's adapter is made from: rank, alpha (None: 2 r), dropout."""
-
-    r: int
-    alpha: float | None = None
-    dropout: float = 0.0
+    guard_fused_encoders(model)
 
 
 def inject(
@@ -194,159 +99,121 @@ def inject(
     train_also: Sequence[str] = (),
     name: str = "default",
     seed: int = 0,
+    adapter: type[LoRA] = LoRA,
 ) -> Model:
-    r"""Puts a LoRA adapter on linear layers, dense or quantized, in place, and freezes all the rest.
+    r"""Adds a LoRA adapter to linear layers, dense or quantized, in place, and freezes the rest.
 
-    y = x W^T + (alpha / r) (x A^T) B^T (LoRA, arXiv:2106.09685, equation 3), A [r, in], B [out, r], float32. The model computes
-    what it computed before, to the bit, until the first step: B starts at zero.
+    y = x W^T + (alpha / r) (x A^T) B^T (LoRA, arXiv:2106.09685, equation 3), A [r, in], B [out, r],
+    float32. B starts at zero: until the first step the model computes what its base computes, bit
+    for bit.
+
+    A model may carry several adapters under different names. The new one becomes the active one,
+    and `use` switches: only active adapters take part and are trained.
 
     Args:
-        model: any module.
         r: the rank.
-        alpha: the update is scaled by alpha / r; None: 2 r.
+        alpha: the update is scaled by alpha / r. Default: 2 * r.
         targets, exclude: as for `quantize`.
-        dropout: on the adapters' input, in training.
-        train_also: names of modules or parameters (norms, embeddings, a head) that stay trainable, whole.
-        name: the adapter's name, for error messages and saved files. A model carries one adapter at a time.
+        dropout: on the adapter's input, in training.
+        train_also: names of modules or parameters (norms, embeddings, a head) to train as a whole.
+        name: the adapter's name, for switching and in error messages.
         seed: the draw of A depends on this and on the layer's name alone.
-
-    Returns:
-        The model.
+        adapter: the class of the adapter: `LoRA`, or a variant that is a subclass of it.
 
     Raises:
-        ValueError: a target matches nothing (near misses are shown), r, alpha or dropout are out of range for a layer, or the
-            model has an adapter already.
-        TypeError: a layer that an adapter could not stand for, by name.
+        ValueError: a target matches nothing (near misses are shown), an option is out of range for
+            a layer, or the model has an adapter of this name already.
+        TypeError: an adapter cannot change what a layer computes; it is named.
 
     Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
         >>> model = inject(model, r=4)
-        >>> [n for n, p in model.named_parameters() if p.requires_grad]
-        ['0.lora_A', '0.lora_B', '2.lora_A', '2.lora_B']
+        >>> [n for n, p in model.named_parameters() if p.requires_grad][:2]
+        ['0.adapters.default.A', '0.adapters.default.B']
     """
-    chosen = resolve(model, targets, exclude)
-    return attach(
-        model,
-        {n: AdapterSpec(r, alpha, dropout) for n in chosen},
-        train_also=train_also,
-        name=name,
-        seed=seed,
-    )
+    chosen = select_layers(model, targets, exclude)
+    check_can_be_adapted(model, chosen, name)
+    options = {"alpha": alpha, "dropout": dropout, "seed": seed}
+    adapters = {
+        path: adapter.for_layer(layer, r, layer_name=path, **options)
+        for path, layer in chosen.items()
+    }
+    return attach(model, adapters, name=name, train_also=train_also)
 
 
 def attach(
     model: Model,
-    specs: Mapping[str, AdapterSpec],
+    adapters: Mapping[str, LoRA],
     *,
-    train_also: Sequence[str] = (),
     name: str = "default",
-    seed: int = 0,
+    train_also: Sequence[str] = (),
 ) -> Model:
-    """`inject` with a rank, alpha and dropout for each layer: {full name: AdapterSpec}."""
-    check_bare(model)
-    everything = sites(model)
-    for path, spec in specs.items():
-        check_site(path, everything[path])
-        check_adapter(everything[path].layer, spec.r, spec.alpha, spec.dropout, path)
-    also = parameters_named(model, train_also)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    made: list[tuple[Site, LoRALinear]] = []
-    try:
-        for path, spec in specs.items():
-            base = everything[path].layer
-            layer = LoRALinear(
-                base, spec.r, alpha=spec.alpha, dropout=spec.dropout, name=path, seed=seed
-            )
-            layer.adapter_name = name
-            made.append((everything[path], layer))
-    except BaseException:  # out of memory half way: give every base its parameters back
-        for _, layer in made:
-            layer.release()
-        for p in trained:
-            p.requires_grad_(True)
-        raise
+    """`inject` with ready-made adapters: {the layer's full name: its adapter}."""
+    layers = linear_layers(model)
+    check_can_be_adapted(model, {path: layers[path] for path in adapters}, name)
+    also = select_parameters(model, train_also)
+    if also or trained_whole(model):
+        check_bare(model, "parameters trained as a whole belong to a single adapter")
+
     model.requires_grad_(False)
-    for site, layer in made:
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
-        site.replace(layer)
+    for path, adapter in adapters.items():
+        add_adapter(layers[path], name, adapter)
+    use(model, name)
     for p in also:
         p.requires_grad_(True)
-    route(model)
+    guard_fused_encoders(model)
     return model
 
 
-def check_bare(model: nn.Module) -> None:
-    """Raises ValueError if the model has an adapter."""
-    if held := adapters(model):
-        first, layer = next(iter(held.items()))
-        raise ValueError(
-            f"the model has the adapter {layer.adapter_name!r} on {len(held)} layers already ({first}, ...): "
-            "minilora.merge or minilora.eject it first"
-        )
+def eject(model: Model, name: str | None = None) -> Model:
+    """Takes out the adapter `name`, by default all of them. What `inject` froze stays frozen.
 
-
-def parameters_named(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
-    """The float parameters of the modules, or the parameters, that `names` mean."""
-    found: list[nn.Parameter] = []
-    names = (names,) if isinstance(names, str) else names
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for wanted in names:
-        inside = [
-            p for n, p in parameters.items() if any(is_named(n[:i], wanted) for i in _ends(n))
-        ]
-        floats = [p for p in inside if p.is_floating_point()]
-        if not floats:
-            near = near_misses(wanted, [n for n, _ in model.named_modules() if n])
-            hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
-            raise ValueError(
-                f"train_also={wanted!r} names no module or parameter with floating-point weights.{hint}"
-            )
-        found += floats
-    return list({id(p): p for p in found}.values())
-
-
-def _ends(name: str) -> list[int]:
-    """Lengths of the dotted prefixes of a name, its own length included."""
-    return [i for i, c in enumerate(name) if c == "."] + [len(name)]
-
-
-def adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """Returns the layers that carry an adapter, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
-
-
-def adapted(model: nn.Module) -> dict[str, Site]:
-    found = sites(model, (LoRALinear,))
-    if not found:
-        raise ValueError("the model has no adapter: minilora.inject or minilora.load_adapter first")
-    return found
-
-
-def eject(model: Model) -> Model:
-    """Takes the adapters out: the base again, its layers the same objects, bit for bit. What `inject` froze stays frozen.
+    Without any adapter left, the layers are what they were before, bit for bit.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no such adapter.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> layer = model[0]
-        >>> eject(inject(model))[0] is layer
-        True
+        >>> eject(inject(model))[0] is layer, type(layer).__name__
+        (True, 'Linear')
     """
-    for site in adapted(model).values():
-        site.replace(site.layer.release())
-    route(model)
+    layers = adapted_layers(model, name)
+    for path, layer in layers.items():
+        check_class(path, layer)
+    for layer in layers.values():
+        for each in list(layer.adapters) if name is None else [name]:
+            remove_adapter(layer, each)
+    guard_fused_encoders(model)
     return model
 
 
-# ---- look, switch
+def use(model: Model, *names: str) -> Model:
+    """Makes these adapters the active ones: they take part, summed, and are trained. No name: none.
+
+    Raises:
+        ValueError: the model has no adapter of that name.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8))
+        >>> model = inject(inject(model, name="french"), name="german")
+        >>> use(model, "french")[0].active
+        ('french',)
+    """
+    layers = adapted_layers(model)
+    for name in names:
+        adapted_layers(model, name)
+    for layer in layers.values():
+        layer.active = tuple(name for name in names if name in layer.adapters)
+        for name, adapter in layer.adapters.items():
+            adapter.requires_grad_(name in names)
+    return model
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model computes its base alone, y = x W^T + bias, compiled or not. Blocks may be nested.
+    """Inside the block the model computes its base alone, compiled or not. Blocks may be nested.
 
     Raises:
         ValueError: the model has no adapter.
@@ -356,22 +223,23 @@ def disabled(model: nn.Module) -> Iterator[None]:
         >>> with disabled(model):
         ...     y = model(torch.randn(2, 64))
     """
-    layers = [site.layer for site in adapted(model).values()]
-    before = [layer.enabled for layer in layers]
+    layers = list(adapted_layers(model).values())
+    before = [layer.active for layer in layers]
     try:
         for layer in layers:
-            layer.enabled = False
+            layer.active = ()
         yield
     finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer.enabled = was
+        for layer, active in zip(layers, before, strict=True):
+            layer.active = active
 
 
 def audit(model: nn.Module) -> list[str]:
-    """After a backward: returns the names of the adapters that got no gradient, [] when all is well.
+    """After a backward: returns the layers whose active adapter got no gradient, [] if all is well.
 
-    B of a layer that took part has a gradient other than zero from the first step on (A's is zero at first, because B is). One
-    without was gone round: a frozen path, checkpointing without input gradients, a fused loss that reads `lm_head.weight`.
+    B of a layer that took part has a gradient other than zero (A's is zero at first, as B is). One
+    without was bypassed: by a frozen path, by checkpointing without input gradients, or by a fused
+    loss that reads `lm_head.weight`.
 
     Raises:
         ValueError: the model has no adapter.
@@ -385,23 +253,99 @@ def audit(model: nn.Module) -> list[str]:
         []
     """
     return [
-        name
-        for name, site in adapted(model).items()
-        if all(
-            p.grad is None or not bool(p.grad.any()) for p in (site.layer.lora_A, site.layer.lora_B)
-        )
+        path
+        for path, layer in adapted_layers(model).items()
+        if not all(_has_gradient(layer.adapters[name]) for name in layer.active)
     ]
 
 
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Returns what there is to train: the adapters, float32, and the parameters of `train_also`. For an optimizer.
+def _has_gradient(adapter: nn.Module) -> bool:
+    return any(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters())
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
+    """Returns what an optimizer trains: the active adapters and the parameters of `train_also`.
+
+    With `name`, the parameters of that adapter.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no such adapter.
 
     Example:
         >>> model = inject(torch.nn.Sequential(torch.nn.Linear(64, 8)), r=4)
         >>> optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-3)
     """
-    adapted(model)
-    return [p for p in model.parameters() if p.requires_grad]
+    layers = adapted_layers(model, name).values()
+    if name is None:
+        return [p for p in model.parameters() if p.requires_grad]
+    return [p for layer in layers for p in layer.adapters[name].parameters()]
+
+
+def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters of an injected model that are no adapter's, by name."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALayer)]
+    ours = {id(p) for layer in layers for p in layer.adapters.parameters()}
+    named = model.named_parameters()
+    return {n: p for n, p in named if layers and p.requires_grad and id(p) not in ours}
+
+
+def check_bare(model: nn.Module, reason: str = "") -> None:
+    """Raises ValueError if the model has an adapter."""
+    if names := adapter_names(model):
+        raise ValueError(_has_adapter(model, names[0]) + (f" ({reason})" if reason else ""))
+
+
+def check_can_be_adapted(model: nn.Module, layers: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError or TypeError unless the layers can get an adapter of this name."""
+    if not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"name={name!r} cannot be an adapter's name: choose a word without dots")
+    if name in adapter_names(model):
+        raise ValueError(_has_adapter(model, name) + ", or choose another name")
+    for path, layer in layers.items():
+        kind = adapter_class(layer, path)
+        if getattr(getattr(layer, "_hf_hook", None), "offload", False):
+            at = f"{path} ({kind.base_class.__name__})"
+            raise TypeError(f"{at} is offloaded by accelerate: load the model on one device")
+    check_called(model, layers)
+
+
+def _has_adapter(model: nn.Module, name: str) -> str:
+    layers = adapted_layers(model, name)
+    first = next(iter(layers))
+    held = f"the model has the adapter {name!r} on {len(layers)} layers already ({first}, ...)"
+    return f"{held}: minilora.merge or minilora.eject it first"
+
+
+def check_can_be_quantized(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Raises ValueError or TypeError, with the layer's name, unless all can be quantized."""
+    tied = tied_parameters(model)
+    for name, layer in layers.items():
+        if isinstance(layer, LoRALayer):
+            raise ValueError(f"{name} has an adapter: quantize first, inject afterwards")
+        if isinstance(layer, NF4Linear):
+            raise ValueError(f"{name} is quantized already: leave it out with exclude=")
+        check_layer(layer, nn.Linear, name)
+        check_untied(name, layer, tied)
+    check_called(model, layers)
+
+
+def check_untied(name: str, layer: Any, tied: Mapping[int, str]) -> None:
+    """Raises ValueError if another module holds the layer's weight too."""
+    if others := tied.get(id(layer._parameters.get("weight"))):
+        shared = f"{name} shares its weight with another layer ({others})"
+        raise ValueError(f"{shared}, and quantizing would untie them: leave it out with exclude=")
+
+
+def _check_values(name: str, weight: torch.Tensor) -> None:
+    if weight.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no values: load the model first")
+    if not is_finite(weight):
+        reason = f"{name}.weight holds NaN or infinity and cannot be quantized"
+        raise ValueError(f"{reason}: repair the checkpoint, or leave the layer out with exclude=")
+
+
+def check_class(path: str, layer: LoRALayer) -> None:
+    """Raises TypeError if something else, such as fully_shard, has changed the class since."""
+    if LoRALayer in type(layer).__bases__ or type(layer).base_class in type(layer).__bases__:
+        return
+    raise TypeError(f"{path} has become a {type(layer).__name__}: eject before it is wrapped")

@@ -1,114 +1,156 @@
-"""Which linear layers of a model a call means: names, patterns, and what to say when nothing fits."""
+"""Which layers of a model a call means: names, patterns, and what to say when nothing matches."""
 
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from minilora.layers import LoRALinear, NF4Linear
+from minilora.layers import NF4Linear
+from minilora.lora import LoRALayer
 
 Targets = str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Module], bool]
 
 DEFAULT_EXCLUDE = ("lm_head",)
-LINEAR = (nn.Linear, NF4Linear, LoRALinear)
+LINEAR = (nn.Linear, NF4Linear)  # with adapters or without
 
 
-@dataclass
-class Site:
-    """A layer, and every place where the model holds it: a layer that two parents share is one site with two places."""
-
-    name: str
-    layer: Any  # one of LINEAR
-    places: list[tuple[nn.Module, str]] = field(default_factory=list)
-
-    def replace(self, new: nn.Module) -> None:
-        for parent, attribute in self.places:
-            setattr(parent, attribute, new)
+def linear_layers(model: nn.Module) -> dict[str, Any]:
+    """The linear layers of a model by name, in its order; one that is shared has its first name."""
+    return {name: m for name, m in model.named_modules() if name and isinstance(m, LINEAR)}
 
 
-def sites(model: nn.Module, kinds: tuple[type[nn.Module], ...] = LINEAR) -> dict[str, Site]:
-    """Returns every layer of one of `kinds`, by the first name it has in the model."""
-    found = {
-        id(m): Site(name, m) for name, m in model.named_modules() if name and isinstance(m, kinds)
-    }
-    for parent in model.modules():
-        for (
-            attribute,
-            layer,
-        ) in parent._modules.items():  # not named_children, which names a layer once
-            if id(layer) in found:
-                found[id(layer)].places.append((parent, attribute))
-    return {site.name: site for site in found.values()}
+def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoRALayer]:
+    """The layers that carry the adapter of this name, or any, by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {n: m for n, m in model.named_modules() if isinstance(m, LoRALayer)}
+    if not found:
+        raise ValueError("the model has no adapter: minilora.inject or minilora.load_adapter first")
+    having = {n: layer for n, layer in found.items() if adapter in (None, *layer.adapters)}
+    if not having:
+        names = ", ".join(map(repr, adapter_names(model)))
+        raise ValueError(f"the model has no adapter {adapter!r}; it has {names}")
+    return having
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of a model's adapters, [] if it has none."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALayer)]
+    return list(dict.fromkeys(name for layer in layers for name in layer.adapters))
 
 
 def is_named(name: str, wanted: str) -> bool:
-    """True where `wanted` is the name, or a dotted end of it: "q_proj", "self_attn.q_proj"."""
+    """Whether `wanted` is the name, or a dotted end of it: "q_proj", "self_attn.q_proj"."""
     return name == wanted or name.endswith("." + wanted)
 
 
-def resolve(
-    model: nn.Module,
-    targets: Targets,
-    exclude: Sequence[str],
-    kinds: tuple[type[nn.Module], ...] = LINEAR,
-) -> dict[str, Site]:
-    """Returns the sites that `targets` names and `exclude` does not, in the model's order.
+def select_layers(
+    model: nn.Module, targets: Targets, exclude: Sequence[str] = DEFAULT_EXCLUDE
+) -> dict[str, Any]:
+    """The linear layers that `targets` means and `exclude` does not, by name, in the model's order.
 
-    The default `exclude` speaks for "all-linear" alone: whoever names the head means it.
+    The default `exclude` applies to "all-linear" only: whoever names the head means it.
 
     Raises:
-        ValueError: a target matches no linear layer. The message shows what comes near, and what there is.
+        ValueError: a target matches no linear layer. The message shows near misses.
     """
-    if isinstance(model, kinds):
-        raise ValueError(
-            f"the model is itself a {type(model).__name__}: there is no parent to put a new layer into; wrap it directly"
-        )
-    if isinstance(exclude, str):
-        exclude = (exclude,)
+    if isinstance(model, LINEAR):
+        kind = type(model).__name__
+        raise ValueError(f"the model is itself a {kind}: make a LoRALinear or NF4Linear of it")
+    exclude = (exclude,) if isinstance(exclude, str) else exclude
     if exclude is DEFAULT_EXCLUDE and targets != "all-linear":
         exclude = ()
-    everything = sites(model, kinds)
-    if targets == "all-linear":
-        chosen = set(everything)
-    elif isinstance(targets, re.Pattern):
-        chosen = {name for name in everything if targets.search(name)}
-    elif callable(targets):
-        chosen = {name for name, site in everything.items() if targets(name, site.layer)}
-    else:
-        wanted = [targets] if isinstance(targets, str) else list(targets)
-        hits = {w: {name for name in everything if is_named(name, w)} for w in wanted}
-        missed = [w for w in wanted if not hits[w]]
-        if missed or not wanted:
-            raise ValueError(_nothing_matches(model, missed, everything))
-        chosen = set().union(*hits.values())
-    chosen = {name for name in chosen if not any(is_named(name, e) for e in exclude)}
+
+    layers = linear_layers(model)
+    chosen = _matches(model, targets, layers)
+    chosen = {n for n in chosen if not any(is_named(n, left_out) for left_out in exclude)}
     if not chosen:
-        raise ValueError(
-            _nothing_matches(model, [str(targets)], everything) + f" exclude={tuple(exclude)}."
-        )
-    return {name: site for name, site in everything.items() if name in chosen}
+        reason = _nothing_matches(model, [str(targets)], layers)
+        raise ValueError(f"{reason} exclude={tuple(exclude)}.")
+    return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def _matches(model: nn.Module, targets: Targets, layers: Mapping[str, nn.Module]) -> set[str]:
+    if isinstance(targets, re.Pattern):
+        return {name for name in layers if targets.search(name)}
+    if callable(targets):
+        return {name for name, layer in layers.items() if targets(name, layer)}
+    if targets == "all-linear":
+        return set(layers)
+
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    hits = {w: {name for name in layers if is_named(name, w)} for w in wanted}
+    missed = [w for w in wanted if not hits[w]]
+    if missed or not wanted:
+        raise ValueError(_nothing_matches(model, missed, layers))
+    return set().union(*hits.values())
+
+
+def select_parameters(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
+    """The floating-point parameters that `names` means: parameters, or all those of modules.
+
+    Raises:
+        ValueError: a name matches nothing. The message shows near misses.
+    """
+    names = (names,) if isinstance(names, str) else names
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    found: dict[int, nn.Parameter] = {}
+    for wanted in names:
+        inside = [p for name, p in parameters.items() if _is_inside(name, wanted)]
+        floats = [p for p in inside if p.is_floating_point()]
+        if not floats:
+            hint = _did_you_mean(wanted, [n for n, _ in model.named_modules() if n])
+            raise ValueError(f"train_also={wanted!r} matches no floating-point parameter.{hint}")
+        found |= {id(p): p for p in floats}
+    return list(found.values())
+
+
+def _is_inside(parameter: str, wanted: str) -> bool:
+    """Whether `wanted` names the parameter or a module that holds it."""
+    parts = parameter.split(".")
+    prefixes = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+    return any(is_named(prefix, wanted) for prefix in prefixes)
+
+
+def tied_parameters(model: nn.Module) -> dict[int, str]:
+    """Parameters that more than one module holds: id -> their names."""
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, p in module.named_parameters(path, recurse=False):
+            names.setdefault(id(p), []).append(name)
+    return {key: " and ".join(found) for key, found in names.items() if len(found) > 1}
 
 
 def near_misses(wanted: str, names: Iterable[str]) -> list[str]:
-    """Returns up to three names, or last parts of names, that look like `wanted`."""
-    candidates = {name for n in names for name in (n, n.rpartition(".")[2])}
+    """Up to three names, or last parts of names, that look like `wanted`."""
+    candidates = {part for name in names for part in (name, name.rpartition(".")[2])}
     return difflib.get_close_matches(wanted, sorted(candidates, key=len), n=3, cutoff=0.6)
 
 
-def _nothing_matches(model: nn.Module, missed: list[str], everything: dict[str, Site]) -> str:
-    lines = []
+def _did_you_mean(wanted: str, names: Iterable[str]) -> str:
+    near = near_misses(wanted, names)
+    return f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+
+
+def _nothing_matches(
+    model: nn.Module, missed: Sequence[str], layers: Mapping[str, nn.Module]
+) -> str:
+    """What to say of targets that match no linear layer."""
     others = {n: m for n, m in model.named_modules() if n and not isinstance(m, LINEAR)}
+    sentences = []
     for wanted in missed or ["[]"]:
-        line = f"target {wanted!r} matches no linear layer of {type(model).__name__}."
-        if near := near_misses(wanted, everything):
-            line += f" Did you mean {', '.join(map(repr, near))}?"
-        if other := [n for n in others if is_named(n, wanted)]:
-            line += f" {other[0]!r} is a {type(others[other[0]]).__name__}, not an nn.Linear."
-        lines.append(line)
-    counts = Counter(name.rpartition(".")[2] for name in everything)
-    here = ", ".join(f"{name} ({n})" for name, n in counts.most_common(12)) or "none"
-    return " ".join(lines) + f" Linear layers here: {here}."
+        sentence = f"target {wanted!r} matches no linear layer of {type(model).__name__}."
+        sentence += _did_you_mean(wanted, layers)
+        if other := next((n for n in others if is_named(n, wanted)), None):
+            sentence += f" {other!r} is a {type(others[other]).__name__}, not an nn.Linear."
+        sentences.append(sentence)
+
+    counts = Counter(name.rpartition(".")[2] for name in layers)
+    there = ", ".join(f"{name} ({n})" for name, n in counts.most_common(12)) or "none"
+    return " ".join(sentences) + f" Linear layers in the model: {there}."

@@ -1,17 +1,20 @@
-"""NF4 on a GPU, with Triton: the functions of reference/nf4.py, bit for bit the same.
+"""4-bit weights on a GPU, with Triton: the functions of reference/nf4.py, bit for bit the same.
 
-Decoding is the hot one: a training step decodes every weight three times. Its unit is a 32-bit word, eight codes: one load, eight
-look-ups in a table of 64 bytes that stays in the L1 cache, eight products, and in bfloat16 one store of 128 bits. The absmax is
-decoded from its double quantization in the same launch.
+Dequantizing is the hot one: a training step dequantizes every weight three times. Its unit is a
+32-bit word, eight codes: one load, eight look-ups in a table of 64 bytes that stays in the L1
+cache, eight products, and in bfloat16 one store of 128 bits. The absmax is computed from its double
+quantization in the same launch.
 """
 
-from collections.abc import Sequence
+import functools
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..reference import codebooks
 from ..reference import nf4 as reference
+from ..reference.nf4 import PackedWeight
 from .runtime import (
     FLOATS,
     PORTABLE,
@@ -19,22 +22,31 @@ from .runtime import (
     check_block_size,
     check_weight,
     launch,
-    tables_on,
+    map8,
+    tables,
     tl,
     triton,
 )
 
 GROUP = tl.constexpr(reference.GROUP)
-_THRESHOLDS = tl.constexpr(tuple(reference.midpoints(reference.CODE).tolist()))
-_TINY_BITS = tl.constexpr(
-    int(np.float32(reference.TINY).view(np.int32))
-)  # a literal so small would become float64
-_TILE = 4096  # weights that one program quantizes
+
+# As an integer, because triton 3.6 makes a literal as small as this a float64.
+_TINY_BITS = tl.constexpr(int(np.float32(reference.TINY).view(np.int32)))
+
+# Weights that one program quantizes.
+_TILE = 4096
+
+# A program dequantizes _TIMES * _WORDS words: one per thread (AMD's warps have 64), several times,
+# with all loads under way at once.
 _WARPS = 4
-_WORDS = _WARPS * (
-    64 if PORTABLE else 32
-)  # words that one program decodes at a time, one a thread (AMD's warps are 64 wide) ...
-_TIMES = 8  # ... so many times, with all loads under way at once
+_WORDS = _WARPS * (64 if PORTABLE else 32)
+_TIMES = 8
+
+
+@functools.cache
+def _thresholds(quant_type: str) -> tuple[float, ...]:
+    """The 15 thresholds as constants that are compiled into the kernel."""
+    return tuple(codebooks.thresholds(quant_type).tolist())
 
 
 @triton.jit
@@ -45,46 +57,60 @@ def _reciprocal(absmax):
 
 
 @triton.jit
-def _quantize(x, packed, absmax, n, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+def _quantize(
+    x, packed, absmax, n,
+    THRESHOLDS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     """A program quantizes BLOCKS blocks. The code of y is the number of thresholds below it."""
     b = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     i = b[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [BLOCKS, BLOCK]
     w = tl.load(x + i, mask=i < n, other=0.0).to(tl.float32)
+
     largest = tl.max(tl.abs(w), axis=1)
     tl.store(absmax + b, largest, mask=b * BLOCK < n)
     y = w * _reciprocal(largest)[:, None]
+
     q = tl.zeros((BLOCKS, BLOCK), tl.int32)
     for j in tl.static_range(15):
-        q += (y > _THRESHOLDS[j]).to(tl.int32)
+        q += (y > THRESHOLDS[j]).to(tl.int32)
+
     first, second = tl.split(tl.reshape(q, (BLOCKS, BLOCK // 2, 2)))
     byte = b[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     tl.store(packed + byte, (first << 4 | second).to(tl.uint8), mask=2 * byte < n)
 
 
-def quantize(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, block_size: int, quant_type: str = "nf4") -> tuple[Tensor, Tensor]:
     """Returns (packed uint8 [ceil(n/2)], absmax float32 [b])."""
     check("x", x, FLOATS, x.device)
     check_block_size(block_size)
     x = x.detach().contiguous().view(-1)
     x = x.float() if x.dtype == torch.float64 else x
-    n, blocks = x.numel(), max(1, _TILE // block_size)
+
+    n = x.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=x.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=x.device)
+
+    blocks = max(1, _TILE // block_size)
     grid = (triton.cdiv(absmax.numel(), blocks),)
-    launch(_quantize, grid, x, packed, absmax, n, BLOCK=block_size, BLOCKS=blocks, num_warps=8)
+    launch(
+        _quantize, grid, x, packed, absmax, n,
+        THRESHOLDS=_thresholds(quant_type), BLOCK=block_size, BLOCKS=blocks, num_warps=8,
+    )  # fmt: skip
     return packed, absmax
 
 
 @triton.jit
 def _double_quantize(absmax, offset, map8, codes, absmax2, n, GROUP: tl.constexpr):
-    """A program quantizes one group. The code is the number of thresholds below y, found by bisection of the 255."""
+    """A program quantizes one group. The code is the number of thresholds below y, by bisection."""
     g = tl.program_id(0)
     b = g * GROUP + tl.arange(0, GROUP)
     a = tl.load(absmax + b, mask=b < n, other=0.0) - tl.load(offset)
     a = tl.where(b < n, a, 0.0)
+
     largest = tl.max(tl.abs(a), axis=0)
     tl.store(absmax2 + g, largest)
     y = a * _reciprocal(largest)
+
     code = tl.zeros((GROUP,), tl.int32)
     for k in tl.static_range(8):
         below = map8 + code + ((128 >> k) - 1)
@@ -98,50 +124,60 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check("absmax", absmax, (torch.float32,), absmax.device)
     absmax = absmax.contiguous()
     offset = absmax.double().mean().float()
-    codes = torch.empty(absmax.shape, dtype=torch.uint8, device=absmax.device)
+
     groups = -(-absmax.numel() // reference.GROUP)
+    codes = torch.empty(absmax.shape, dtype=torch.uint8, device=absmax.device)
     absmax2 = torch.empty(groups, dtype=torch.float32, device=absmax.device)
-    arguments = absmax, offset, tables_on(absmax.device).map8, codes, absmax2, absmax.numel()
+
+    arguments = absmax, offset, map8(absmax.device), codes, absmax2, absmax.numel()
     launch(_double_quantize, (groups,), *arguments, GROUP=reference.GROUP, num_warps=4)
     return codes, absmax2, offset
 
 
 @triton.jit
 def load_scale(b, mask, absmax, absmax2, offset, map8, DOUBLE: tl.constexpr):
-    """The absmax of blocks b, float32: as it is stored, or map8[code] * absmax2 + offset with two roundings."""
+    """The absmax of blocks b, float32: stored, or map8[code] * absmax2 + offset, two roundings."""
     if DOUBLE:
         code = tl.load(absmax + b, mask=mask, other=0).to(tl.int32)
-        return tl.load(map8 + code) * tl.load(absmax2 + b // GROUP, mask=mask, other=0.0) + tl.load(
-            offset
-        )
-    else:  # noqa: RET505 - Triton drops the branch that is not taken, and what follows a return it does not
+        value = tl.load(map8 + code)
+        scale = tl.load(absmax2 + b // GROUP, mask=mask, other=0.0)
+        return value * scale + tl.load(offset)
+    else:  # noqa: RET505 - Triton drops the branch that is not taken, but not what follows a return
         return tl.load(absmax + b, mask=mask, other=0.0)
 
 
 @triton.jit
-def decode(word, scale, code):
-    """The eight weights of each word in the order of memory, float32: word [.., C], scale broadcast to it -> [.., C, 8].
+def decode(word, scale, levels):
+    """The eight weights of each word, float32: word [.., C], scale broadcast to it -> [.., C, 8].
 
     Little endian: byte k of a word holds weights 2k, in its high nibble, and 2k + 1.
     """
-    w0, w1 = tl.load(code + (word >> 4 & 15)) * scale, tl.load(code + (word & 15)) * scale
-    w2, w3 = tl.load(code + (word >> 12 & 15)) * scale, tl.load(code + (word >> 8 & 15)) * scale
-    w4, w5 = tl.load(code + (word >> 20 & 15)) * scale, tl.load(code + (word >> 16 & 15)) * scale
-    w6, w7 = tl.load(code + (word >> 28 & 15)) * scale, tl.load(code + (word >> 24 & 15)) * scale
-    even = tl.join(
-        tl.join(w0, w4), tl.join(w2, w6)
-    )  # joining appends an index: the last is the lowest bit of the weight's number
+    w0 = tl.load(levels + (word >> 4 & 15)) * scale
+    w1 = tl.load(levels + (word & 15)) * scale
+    w2 = tl.load(levels + (word >> 12 & 15)) * scale
+    w3 = tl.load(levels + (word >> 8 & 15)) * scale
+    w4 = tl.load(levels + (word >> 20 & 15)) * scale
+    w5 = tl.load(levels + (word >> 16 & 15)) * scale
+    w6 = tl.load(levels + (word >> 28 & 15)) * scale
+    w7 = tl.load(levels + (word >> 24 & 15)) * scale
+
+    # Joining appends an index: the last is the lowest bit of the weight's number.
+    even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
     odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
     return tl.join(even, odd)
 
 
 @triton.jit
 def _dequantize(
-    packed, absmax, absmax2, offset, code, map8, out, n, row, gap,
-    BLOCK: tl.constexpr, DOUBLE: tl.constexpr, WHOLE: tl.constexpr, GAP: tl.constexpr, WORDS: tl.constexpr, TIMES: tl.constexpr,
+    packed, absmax, absmax2, offset, levels, map8, out, n, row, gap,
+    BLOCK: tl.constexpr, DOUBLE: tl.constexpr, WHOLE: tl.constexpr, GAP: tl.constexpr,
+    WORDS: tl.constexpr, TIMES: tl.constexpr,
 ):  # fmt: skip
-    """A program decodes WORDS * TIMES words. WHOLE: n is a multiple of 8 and `packed` aligned, so words are loaded as such.
-    GAP: room for `gap` words is left in `out` after every `row` words."""
+    """A program dequantizes WORDS * TIMES words.
+
+    WHOLE: n is a multiple of 8 and `packed` aligned, so words are loaded as such.
+    GAP: after every `row` words, `gap` words of `out` are left out.
+    """
     first = tl.program_id(0).to(tl.int64) * (WORDS * TIMES)
     for t in tl.static_range(TIMES):
         o = first + t * WORDS + tl.arange(0, WORDS)
@@ -153,8 +189,10 @@ def _dequantize(
             for k in tl.static_range(4):
                 byte = 4 * o + k
                 word |= tl.load(packed + byte, mask=2 * byte < n, other=0).to(tl.int32) << 8 * k
+
         scale = load_scale(o // (BLOCK // 8), inside, absmax, absmax2, offset, map8, DOUBLE)
-        w = tl.reshape(decode(word, scale, code).to(out.dtype.element_ty), (WORDS, 8))
+        w = tl.reshape(decode(word, scale, levels).to(out.dtype.element_ty), (WORDS, 8))
+
         i = 8 * o[:, None] + tl.arange(0, 8)[None, :]
         mask = inside[:, None] if WHOLE else i < n
         if GAP:
@@ -162,66 +200,53 @@ def _dequantize(
         tl.store(out + i, w, mask=mask)
 
 
-def dequantize_into(
-    out: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    block_size: int,
-) -> None:
-    """Writes the weight to `out`, float32, float16 or bfloat16: contiguous of any shape, or a matrix with gaps between its rows."""
-    if n := out.numel():
-        gaps = not out.is_contiguous()
-        row, gap = (out.shape[1] // 8, (out.stride(0) - out.shape[1]) // 8) if gaps else (0, 0)
-        if gaps and (out.shape[1] % 8 or out.stride(0) % 8 or n > 2**34):
+def dequantize_into(out: Tensor, w: PackedWeight) -> None:
+    """Writes the weight to `out`, float32, float16 or bfloat16.
+
+    `out` is contiguous and of any shape, or a matrix with gaps between its rows.
+    """
+    n = out.numel()
+    if n == 0:
+        return
+
+    gaps = not out.is_contiguous()
+    row = gap = 0
+    if gaps:
+        width, stride = out.shape[1], out.stride(0)
+        if width % 8 or stride % 8 or n > 2**34:
             raise ValueError(
-                f"rows of {out.shape[1]} and {out.stride(0)} apart: with gaps, whole words of 8, at most 2^31 of them"
+                f"rows of {width}, {stride} apart: with gaps, both must be multiples of 8 "
+                "and the weight at most 2^34 elements"
             )
-        tables = tables_on(packed.device)
-        arguments = packed, absmax, absmax2, offset, tables.code, tables.map8, out, n, row, gap
-        meta = {
-            "BLOCK": block_size,
-            "DOUBLE": absmax2 is not None,
-            "WHOLE": n % 8 == 0 and packed.data_ptr() % 4 == 0,
-        }
-        grid = (triton.cdiv(n, 8 * _WORDS * _TIMES),)
-        launch(
-            _dequantize,
-            grid,
-            *arguments,
-            **meta,
-            GAP=gaps,
-            WORDS=_WORDS,
-            TIMES=_TIMES,
-            num_warps=_WARPS,
-        )
+        row, gap = width // 8, (stride - width) // 8
+
+    looked_up = tables(w.device, w.quant_type)
+    whole = n % 8 == 0 and w.packed.data_ptr() % 4 == 0
+    grid = (triton.cdiv(n, 8 * _WORDS * _TIMES),)
+    launch(
+        _dequantize, grid, *w.tensors, looked_up.levels, looked_up.map8, out, n, row, gap,
+        BLOCK=w.block_size, DOUBLE=w.double_quantized, WHOLE=whole, GAP=gaps,
+        WORDS=_WORDS, TIMES=_TIMES, num_warps=_WARPS,
+    )  # fmt: skip
 
 
-def dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    block_size: int,
-) -> Tensor:
-    """Returns code[q] * absmax, computed in float32 and rounded once to `dtype`, in `shape`."""
+def dequantize(w: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Returns level[q] * absmax in `w.shape`, computed in float32 and rounded once to `dtype`."""
     if dtype not in FLOATS:
         raise TypeError(f"dtype={dtype}: the kernel writes float32, float16, bfloat16 or float64")
-    check_weight(packed, absmax, absmax2, offset, shape, block_size)
-    out = torch.empty(
-        tuple(shape), dtype=torch.float32 if dtype == torch.float64 else dtype, device=packed.device
-    )
-    dequantize_into(out, packed, absmax, absmax2, offset, block_size)
+    check_weight(w)
+
+    written = torch.float32 if dtype == torch.float64 else dtype
+    out = torch.empty(tuple(w.shape), dtype=written, device=w.device)
+    dequantize_into(out, w)
     return out.to(dtype)
 
 
 @triton.jit
 def _double_dequantize(codes, absmax2, offset, map8, out, n, BLOCKS: tl.constexpr):
     b = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    tl.store(out + b, load_scale(b, b < n, codes, absmax2, offset, map8, DOUBLE=True), mask=b < n)
+    absmax = load_scale(b, b < n, codes, absmax2, offset, map8, DOUBLE=True)
+    tl.store(out + b, absmax, mask=b < n)
 
 
 def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
@@ -229,16 +254,10 @@ def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     check("codes", codes, (torch.uint8,), codes.device)
     check("absmax2", absmax2, (torch.float32,), codes.device)
     check("offset", offset, (torch.float32,), codes.device)
+
     out = torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
-    arguments = (
-        codes.contiguous(),
-        absmax2.contiguous(),
-        offset,
-        tables_on(codes.device).map8,
-        out,
-        out.numel(),
-    )
-    launch(
-        _double_dequantize, (triton.cdiv(out.numel(), 1024),), *arguments, BLOCKS=1024, num_warps=4
-    )
+    table = map8(codes.device)
+    arguments = codes.contiguous(), absmax2.contiguous(), offset, table, out, out.numel()
+    grid = (triton.cdiv(out.numel(), 1024),)
+    launch(_double_dequantize, grid, *arguments, BLOCKS=1024, num_warps=4)
     return out

@@ -1,7 +1,7 @@
-"""What the Triton kernels share: the import and its error, the checks before a launch, tables on the device.
+"""What the Triton kernels share: the import and its error, checks, tables on the device, launches.
 
-A kernel here never sees a tensor that it was not written for: `check` refuses it first, by name, because a GPU reports a wrong
-pointer late, in another place, or not at all.
+A kernel never sees a tensor that it was not written for: `check` refuses it first, by name, because
+a GPU reports a wrong pointer late, in another place, or not at all.
 """
 
 import functools
@@ -19,35 +19,43 @@ except ModuleNotFoundError as error:
         "NF4 on a GPU runs through Triton, which is not installed: pip install triton"
     ) from error
 
-from ..reference import nf4 as reference
+from ..reference import codebooks
+from ..reference.nf4 import GROUP, PackedWeight
 
 __all__ = [
     "FLOATS",
+    "HALVES",
     "INTERPRETED",
     "PORTABLE",
     "LowRank",
-    "Weight",
     "check",
     "check_block_size",
     "check_weight",
     "launch",
-    "tables_on",
+    "map8",
+    "tables",
     "term_arguments",
     "tl",
     "triton",
 ]
 
-INTERPRETED: bool = (
-    triton.knobs.runtime.interpret
-)  # TRITON_INTERPRET=1: kernels run in numpy, on CPU tensors
-PORTABLE = torch.version.hip is not None  # AMD: no PTX
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # packed, absmax, absmax2, offset
+# TRITON_INTERPRET=1: kernels run in numpy, on CPU tensors.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+# AMD: no PTX.
+PORTABLE = torch.version.hip is not None
+
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, *HALVES, torch.float64)
 _BLOCK_SIZES = [2**k for k in range(5, 13)]
 
 
 class LowRank(NamedTuple):
-    """The term scale * left right^T: left [M, r] contiguous, right [N, r] in any strides, both in the dtype of x."""
+    """The term scale * left right^T of a product, both factors in the dtype of x.
+
+    left: [M, r], contiguous
+    right: [N, r], in any strides
+    """
 
     left: Tensor
     right: Tensor
@@ -55,12 +63,14 @@ class LowRank(NamedTuple):
 
 
 def term_arguments(low: LowRank | None) -> tuple[Any, ...]:
-    """left, right, scale, r and the strides of right, as the kernels take them."""
-    return (*low, low.left.shape[1], *low.right.stride()) if low else (None, None, 0.0, 0, 0, 0)
+    """Returns left, right, scale, r and the strides of right, as the kernels take them."""
+    if low is None:
+        return None, None, 0.0, 0, 0, 0
+    return *low, low.left.shape[1], *low.right.stride()
 
 
 def check(name: str, t: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
-    """Raises TypeError or ValueError unless `t` is of one of `dtypes` and on `device`, a GPU."""
+    """Raises TypeError or ValueError unless `t` has one of `dtypes` and is on `device`, a GPU."""
     if t.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} is {t.dtype}: the kernel takes {wanted}")
@@ -68,76 +78,91 @@ def check(name: str, t: Tensor, dtypes: Sequence[torch.dtype], device: torch.dev
         raise ValueError(f"{name} is on {t.device}, the rest on {device}: move all to one device")
     if t.device.type != "cuda" and not INTERPRETED:
         raise ValueError(
-            f"{name} is on {t.device}: a Triton kernel runs on a GPU (or interpreted, with TRITON_INTERPRET=1)"
+            f"{name} is on {t.device}: a Triton kernel runs on a GPU "
+            "(or interpreted, with TRITON_INTERPRET=1)"
         )
 
 
 def check_block_size(block_size: int) -> None:
+    """Raises ValueError unless the kernels take the block size."""
     if block_size not in _BLOCK_SIZES:
-        raise ValueError(
-            f"block_size={block_size}: the kernels take {', '.join(map(str, _BLOCK_SIZES))}"
-        )
+        sizes = ", ".join(map(str, _BLOCK_SIZES))
+        raise ValueError(f"block_size={block_size}: the kernels take {sizes}")
 
 
-def check_weight(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    block_size: int,
-) -> None:
-    """Raises TypeError or ValueError unless the tensors are an NF4 weight of `shape`, contiguous, on one GPU."""
-    check_block_size(block_size)
-    n = torch.Size(shape).numel()
-    blocks = -(-n // block_size)
-    if (absmax2 is None) != (offset is None):
+def check_weight(w: PackedWeight) -> None:
+    """Raises TypeError or ValueError unless the parts are a weight, contiguous, on one GPU."""
+    check_block_size(w.block_size)
+    if (w.absmax2 is None) != (w.offset is None):
         raise ValueError(
-            "absmax2 and offset belong together: a double-quantized weight has both, a plain one neither"
+            "absmax2 and offset belong together: "
+            "a double-quantized weight has both, a plain one neither"
         )
-    double = absmax2 is not None and offset is not None
-    fields = [
-        ("packed", packed, torch.uint8, -(-n // 2)),
-        ("absmax", absmax, torch.uint8 if double else torch.float32, blocks),
-    ]
-    if absmax2 is not None and offset is not None:
-        fields += [
-            ("absmax2", absmax2, torch.float32, -(-blocks // reference.GROUP)),
-            ("offset", offset, torch.float32, 1),
-        ]
-    for name, t, dtype, size in fields:
-        check(name, t, (dtype,), packed.device)
-        if t.numel() != size or not t.is_contiguous():
-            layout = "contiguous" if t.is_contiguous() else "strided"
-            raise ValueError(
-                f"{name} has {t.numel()} elements, {layout}: a weight {tuple(shape)} in blocks of {block_size} "
-                f"needs {size}, contiguous"
-            )
+
+    n = w.numel()
+    blocks = -(-n // w.block_size)
+    _check_part("packed", w.packed, torch.uint8, -(-n // 2), w)
+    if w.absmax2 is None or w.offset is None:
+        _check_part("absmax", w.absmax, torch.float32, blocks, w)
+    else:
+        _check_part("absmax", w.absmax, torch.uint8, blocks, w)
+        _check_part("absmax2", w.absmax2, torch.float32, -(-blocks // GROUP), w)
+        _check_part("offset", w.offset, torch.float32, 1, w)
+
+
+def _check_part(name: str, t: Tensor, dtype: torch.dtype, size: int, w: PackedWeight) -> None:
+    check(name, t, (dtype,), w.device)
+    if t.numel() != size or not t.is_contiguous():
+        layout = "contiguous" if t.is_contiguous() else "strided"
+        raise ValueError(
+            f"{name} has {t.numel()} elements, {layout}: a weight {tuple(w.shape)} "
+            f"in blocks of {w.block_size} needs {size}, contiguous"
+        )
 
 
 class Tables(NamedTuple):
-    """The 16 levels in float32, the 256 of the 8-bit map, and the 16 levels rounded to 16 bits."""
+    """What the kernels look up on a device.
 
-    code: Tensor
+    levels: the 16 levels of a quantization type, float32
+    map8: the 256 values of the 8-bit map, float32
+    rounded: the 16 levels in float16 and in bfloat16
+    """
+
+    levels: Tensor
     map8: Tensor
     rounded: dict[torch.dtype, Tensor]
 
 
 @functools.cache
-def tables_on(device: torch.device) -> Tables:
-    """The reference's tables on a device, all copied there at the first call of any kernel: not while a CUDA graph is captured."""
-    code, map8 = reference.CODE.to(device), reference.MAP8.to(device)
-    return Tables(code, map8, {dtype: code.to(dtype) for dtype in (torch.float16, torch.bfloat16)})
+def map8(device: torch.device) -> Tensor:
+    """Returns the 256 values of the 8-bit map on a device, float32."""
+    return codebooks.MAP8.to(device)
+
+
+@functools.cache
+def tables(device: torch.device, quant_type: str) -> Tables:
+    """Returns the tables of a quantization type on a device.
+
+    All are copied there at the first product or dequantization, and none later, while a CUDA graph
+    may be captured.
+    """
+    levels = codebooks.levels(quant_type).to(device)
+    rounded = {dtype: levels.to(dtype) for dtype in HALVES}
+    return Tables(levels, map8(device), rounded)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
-    """Runs a kernel on its first tensor's device, which need not be the current one. No fused multiply-add but where a kernel asks:
-    the reference rounds products and sums one by one."""
+    """Runs a kernel on the device of its first tensor, which need not be the current one.
+
+    There is no fused multiply-add except where a kernel asks for it: the reference rounds products
+    and sums separately.
+    """
     start(kernel, grid, args, {"enable_fp_fusion": False} | settings)
 
 
 def start(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]
 ) -> None:
-    with torch.cuda.device_of(args[0]):  # nothing for a CPU tensor
+    # Does nothing for a CPU tensor.
+    with torch.cuda.device_of(args[0]):
         kernel[grid](*args, **settings)

@@ -1,23 +1,28 @@
-r"""The skinny product on a GPU: y = x W^T for at most 16 rows of x, where reading W is all the work.
+r"""The skinny product on a GPU: y = x W^T for at most 16 rows of x, where reading W is the work.
 
-The 64 rows of W that a program has are the tall side of a tensor-core product, y^T = W x^T, so that the decoded weights go from
-`permute.py` straight into the operand's registers. (The packed words come through shared memory: their loads are pipelined.) That
-takes two re-orderings:
+The 64 rows of W that a program has are the tall side of a tensor-core product, y^T = W x^T, so that
+the decoded weights go from `permute.py` straight into the operand's registers. (The packed words
+come through shared memory: their loads are pipelined.) That takes two re-orderings:
 
-* Columns. In every 16 columns a tensor core wants from lane 4g + t the columns 2t, 2t+1, 2t+8, 2t+9 of its row. A lane has loaded
-  two neighbouring words, 16 columns in a row. But a sum has no order, so column k' of the product may stand for any column k of
-  W, if x is loaded in the same order. With bits b, p, q, v and t = 0 ... 3, in a block of 64:
+* Columns. In every 16 columns a tensor core wants from lane 4g + t the columns 2t, 2t+1, 2t+8, 2t+9
+  of its row. A lane has loaded two neighbouring words, 16 columns in a row. But a sum has no order,
+  so column k' of the product may stand for any column k of W, if x is loaded in the same order.
+  With bits b, p, q, v and t = 0 ... 3, in a block of 64:
 
-      k = b + 2p + 4q + 8v + 16t   (as it lies in memory)       k' = b + 2t + 8p + 16q + 32v   (as the product reads it)
+      k  = b + 2p + 4q + 8v + 16t    (as it lies in memory)
+      k' = b + 2t + 8p + 16q + 32v   (as the product reads it)
 
-* Rows. Lane l of warp w has loaded from rows 8w + l and 32 + 8w + l of W, and the warp owns 16 neighbouring rows of the product:
-  row 32h + 8w + l of W (`loaded`) is row 16w + 8h + l of the product (`rows`), l = 0 ... 7, h = 0, 1.
+* Rows. Lane l of warp w has loaded from rows 8w + l and 32 + 8w + l of W, and the warp owns 16
+  neighbouring rows of the product: row 32h + 8w + l of W (`loaded`) is row 16w + 8h + l of the
+  product (`rows`), l = 0 ... 7, h = 0, 1.
 
-Numerics: a level is rounded to x's dtype and a block's absmax multiplies the block's sum in float32,
+Numerics: a level is rounded to x's dtype and a block's absmax multiplies the block's sum in
+float32,
 
     y[o] = sum over blocks  absmax * sum over k  level16[code[o, k]] * x[k]
 
-where `dequantize` rounds level * absmax. Both round a weight once, so their errors are alike, but not equal bit for bit.
+where `dequantize` rounds level * absmax. Both round a weight once, so their errors are alike, but
+they are not bit-identical.
 """
 
 import math
@@ -25,61 +30,77 @@ import math
 import torch
 from torch import Tensor
 
+from ..reference.nf4 import PackedWeight
 from .nf4 import load_scale
-from .permute import levels
-from .runtime import PORTABLE, LowRank, Weight, launch, tables_on, term_arguments, tl, triton
+from .permute import level_pairs, ptx
+from .runtime import PORTABLE, LowRank, launch, tables, term_arguments, tl, triton
 
-ROWS = tl.constexpr(64)  # rows of W in a program: four warps of 16
-PROGRAMS = 512  # about four for each processor of a large GPU
+# Rows of W in a program: four warps of 16.
+ROWS = tl.constexpr(64)
+
+# About four for each processor of a large GPU.
+PROGRAMS = 512
 
 
 @triton.jit
-def _block(word, x, level, PTX: tl.constexpr):
-    """level16[codes] x^T for one block of 64 columns, in the product's order: word [64, 8], x [64, MB] -> [64, MB] float32."""
-    p0, p1, p2, p3 = levels(word, level, PTX)  # pair 2q + p of a word
-    pairs = tl.reshape(
-        tl.join(tl.join(p0, p2), tl.join(p1, p3)), (2, 4, 8, 4, 2, 2, 2)
-    )  # h w l, t v, q p
-    pairs = tl.reshape(tl.permute(pairs, (1, 0, 2, 4, 5, 6, 3)), (64, 32))  # w h l, v q p t
-    low, high = (pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16)
+def _block(word, x, levels, PTX: tl.constexpr):
+    """levels[codes] x^T for one block of 64 columns, in the product's order.
+
+    word [64, 8], x [64, MB] -> [64, MB] float32.
+    """
+    # Pair 2q + p of a word.
+    p0, p1, p2, p3 = level_pairs(word, levels, PTX)
+
+    # h w l, t v, q p
+    pairs = tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (2, 4, 8, 4, 2, 2, 2))
+    # w h l, v q p t
+    pairs = tl.reshape(tl.permute(pairs, (1, 0, 2, 4, 5, 6, 3)), (64, 32))
+
+    low = (pairs & 0xFFFF).to(tl.int16)
+    high = (pairs >> 16).to(tl.int16)
     W = tl.reshape(tl.join(low, high), (64, 64)).to(x.dtype, bitcast=True)
     return tl.dot(W, x)
 
 
 @triton.jit
 def _partial(
-    x, packed, absmax, absmax2, offset, level, map8, out, M, O, row_words, row_blocks, span, stride,
-    BLOCK: tl.constexpr, DOUBLE: tl.constexpr, MB: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr,
+    x, packed, absmax, absmax2, offset, levels, map8, out,
+    M, O, row_words, row_blocks, span, stride,
+    BLOCK: tl.constexpr, DOUBLE: tl.constexpr, MB: tl.constexpr, BLOCKS: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
-    """out[s, m, o]: the sum over the s-th span of columns. Sizes of a row are arguments, so that Triton sees what divides them."""
+    """out[s, m, o]: the sum over the s-th span of columns.
+
+    The sizes of a row are arguments, so that Triton sees what divides them.
+    """
     tile, s = tl.program_id(0), tl.program_id(1)
     loaded = tile * ROWS + tl.arange(0, ROWS)
+
+    # Rows and columns of W in the product's order.
     n = tl.arange(0, ROWS)
-    rows = tile * ROWS + (n >> 3 & 1) * 32 + (n >> 4) * 8 + (n & 7)  # of W, in the product's order
+    rows = tile * ROWS + (n >> 3 & 1) * 32 + (n >> 4) * 8 + (n & 7)
     k = tl.arange(0, 64)
     columns = (k & 1) + (k >> 3 & 1) * 2 + (k >> 4 & 1) * 4 + (k >> 5) * 8 + (k >> 1 & 3) * 16
     m = tl.arange(0, MB)
-    first_word = (
-        tl.minimum(loaded, O - 1).to(tl.int64) * row_words
-    )  # below the last row: that row again, and not stored
+
+    # Below the last row of W: that row again, and the result is not stored.
+    first_word = tl.minimum(loaded, O - 1).to(tl.int64) * row_words
     words = packed.to(tl.pointer_type(tl.int32)) + first_word[:, None] + tl.arange(0, 8)[None, :]
     xs = x + m.to(tl.int64)[None, :] * stride + columns[:, None]
     first_block = tl.minimum(rows, O - 1).to(tl.int64) * row_blocks
+
     acc = tl.zeros((ROWS, MB), tl.float32)
     for start in range(s * span, tl.minimum((s + 1) * span, row_words * 8), 64 * BLOCKS):
         for j in tl.static_range(BLOCKS):
             at = tl.multiple_of(start, 64) + 64 * j
             word = tl.load(words + at // 8, eviction_policy="evict_first")
-            scale = load_scale(
-                first_block + at // BLOCK, True, absmax, absmax2, offset, map8, DOUBLE
-            )
+            b = first_block + at // BLOCK
+            scale = load_scale(b, True, absmax, absmax2, offset, map8, DOUBLE)
             xt = tl.load(xs + at, mask=(m < M)[None, :], other=0.0)
-            acc += _block(word, xt, level, PTX) * scale[:, None]
-    tl.store(
-        out + (s * M + m).to(tl.int64)[None, :] * O + rows[:, None],
-        acc,
-        mask=(m < M)[None, :] & (rows < O)[:, None],
-    )
+            acc += _block(word, xt, levels, PTX) * scale[:, None]
+
+    where = out + (s * M + m).to(tl.int64)[None, :] * O + rows[:, None]
+    tl.store(where, acc, mask=(m < M)[None, :] & (rows < O)[:, None])
 
 
 @triton.jit
@@ -89,11 +110,14 @@ def _sum(
 ):  # fmt: skip
     """y[m, o] = the partial sums in order, + bias, + scale * left right^T."""
     o, m = tl.program_id(0) * BO + tl.arange(0, BO), tl.program_id(1)
+
     acc = tl.zeros((BO,), tl.float32)
     for s in range(spans):
         acc += tl.load(partial + (s * M + m).to(tl.int64) * O + o, mask=o < O, other=0.0)
+
     if BIAS:
         acc += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)
+
     if BR:
         term = tl.zeros((BO,), tl.float32)
         for j in range(0, r, BR):
@@ -103,55 +127,51 @@ def _sum(
             a = tl.load(left + m * r + at, mask=at < r, other=0.0)
             term += tl.sum(b.to(tl.float32) * a.to(tl.float32)[None, :], axis=1)
         acc += term * scale
+
     tl.store(y + m.to(tl.int64) * O + o, acc.to(y.dtype.element_ty), mask=o < O)
 
 
-def skinny(
-    x: Tensor, weight: Weight, bias: Tensor | None, low: LowRank | None, O: int, block_size: int
-) -> Tensor:
-    """Returns x W^T + bias + scale * left right^T, [M, O], for x [M, I], M <= 16, float16 or bfloat16."""
+def skinny_forward(x: Tensor, w: PackedWeight, bias: Tensor | None, low: LowRank | None) -> Tensor:
+    """Returns x W^T + bias + scale * left right^T, [M, O].
+
+    x is [M, I] with M <= 16, float16 or bfloat16.
+    """
+    M, O = x.shape[0], w.shape[0]
+    partial = _partial_sums(x, w)
+    spans = partial.shape[0]
+
+    y = torch.empty(M, O, dtype=x.dtype, device=x.device)
+    left, right, scale, r, *strides = term_arguments(low)
+    grid = (triton.cdiv(O, 128), M)
+    launch(
+        _sum, grid, partial, bias, left, right, scale, y, M, O, r, *strides, spans,
+        BO=128, BR=min(64, triton.next_power_of_2(r)) if r else 0, BIAS=bias is not None,
+        num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
+    """Returns the sums over each span of columns, float32 [spans, M, O]."""
     M, I = x.shape
-    tiles, blocks = (
-        triton.cdiv(O, ROWS.value),
-        math.gcd(I // 64, 4),
-    )  # up to four blocks are loaded before the first is multiplied
+    O = w.shape[0]
+
+    # Up to four blocks are loaded before the first is multiplied.
+    blocks = math.gcd(I // 64, 4)
     steps = I // (64 * blocks)
+
+    # So many spans that enough programs read at once.
+    tiles = triton.cdiv(O, ROWS.value)
     span = triton.cdiv(steps, min(steps, triton.cdiv(PROGRAMS, tiles))) * 64 * blocks
     spans = triton.cdiv(I, span)
+
     partial = torch.empty(spans, M, O, dtype=torch.float32, device=x.device)
-    y = torch.empty(M, O, dtype=x.dtype, device=x.device)
-    tables = tables_on(x.device)
-    sizes = M, O, I // 8, I // block_size, span, x.stride(0)
-    meta = {
-        "BLOCK": block_size,
-        "DOUBLE": weight[2] is not None,
-        "MB": 8 if M <= 8 else 16,
-        "BLOCKS": blocks,
-        "PTX": not PORTABLE,
-    }
-    arguments = x, *weight, tables.rounded[x.dtype], tables.map8, partial, *sizes
-    launch(_partial, (tiles, spans), *arguments, **meta, num_warps=4, enable_fp_fusion=True)
-    left, right, scale, r, *strides = term_arguments(low)
-    meta = {
-        "BO": 128,
-        "BR": min(64, triton.next_power_of_2(r)) if r else 0,
-        "BIAS": bias is not None,
-    }
+    looked_up = tables(x.device, w.quant_type)
+    sizes = M, O, I // 8, I // w.block_size, span, x.stride(0)
     launch(
-        _sum,
-        (triton.cdiv(O, 128), M),
-        partial,
-        bias,
-        left,
-        right,
-        scale,
-        y,
-        M,
-        O,
-        r,
-        *strides,
-        spans,
-        **meta,
-        num_warps=4,
-    )
-    return y
+        _partial, (tiles, spans), x, *w.tensors, looked_up.rounded[x.dtype], looked_up.map8,
+        partial, *sizes,
+        BLOCK=w.block_size, DOUBLE=w.double_quantized, MB=8 if M <= 8 else 16, BLOCKS=blocks,
+        PTX=None if PORTABLE else ptx(w.quant_type, x.dtype), num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return partial

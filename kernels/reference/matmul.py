@@ -1,43 +1,19 @@
-r"""The products with an NF4 weight, in plain PyTorch: dequantize, then multiply.
+r"""The products with a 4-bit weight, in plain PyTorch: dequantize, then multiply.
 
-With W [O, I] frozen, a linear layer needs two products and no third (W gets no gradient):
-
-    y = x W^T + bias    [.., O]        forward
-    dx = dy W           [.., I]        backward
+W [O, I] is frozen and gets no gradient, so a linear layer needs only these two products.
 """
-
-from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from .nf4 import dequantize
+from .nf4 import PackedWeight, dequantize
 
 
-def nf4_linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    shape: Sequence[int],
-    block_size: int,
-) -> Tensor:
-    """Returns x W^T + bias, [.., O], in x's dtype; W is rounded to that dtype first."""
-    return F.linear(
-        x, dequantize(packed, absmax, absmax2, offset, shape, x.dtype, block_size), bias
-    )
+def nf4_linear(x: Tensor, w: PackedWeight, bias: Tensor | None) -> Tensor:
+    """Returns y = x W^T + bias, [.., O], in x's dtype; W is rounded to that dtype first."""
+    return F.linear(x, dequantize(w, x.dtype), bias)
 
 
-def nf4_linear_backward(
-    dy: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    block_size: int,
-) -> Tensor:
+def nf4_linear_backward(dy: Tensor, w: PackedWeight) -> Tensor:
     """Returns dx = dy W, [.., I], in dy's dtype."""
-    return dy @ dequantize(packed, absmax, absmax2, offset, shape, dy.dtype, block_size)
+    return dy @ dequantize(w, dy.dtype)

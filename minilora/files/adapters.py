@@ -1,12 +1,10 @@
-"""Adapters on disk, in PEFT's layout: adapter_config.json and adapter_model.safetensors, written and read without peft.
+"""save_adapter and load_adapter: adapters as PEFT's two files, without peft.
 
-Loading is strict. A key that is missing, left over or misshapen, an option in the config that is not ours, an adapter that
-would change nothing: each is an error with names, because each has been a silent wrong result elsewhere.
+Loading is strict. A key that is missing, unexpected or misshapen, a config option that minilora
+does not support, an adapter that would change nothing: each raises an error with names, because
+each has been a silent wrong result in other libraries.
 """
 
-import hashlib
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,345 +12,234 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.files.atomic import atomic, partial
-from minilora.files.tensors import read_tensors, write_tensors
-from minilora.layers import LoRALinear
-from minilora.surgery import AdapterSpec, Model, adapters, attach
-from minilora.targets import LINEAR, is_named, sites
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_HASH, _SUM, _NAME = "adapter_config_sha256", "tensors_sha256", "minilora_name"
-
-# PEFT's LoraConfig (0.21): what is read here, and what says nothing about the function that the saved tensors compute.
-# Any other option that is set means a variant that we do not have.
-_READ = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-}
-_HARMLESS = {
-    *(
-        "auto_mapping",
-        "base_model_name_or_path",
-        "ensure_weight_tying",
-        "exclude_modules",
-        "inference_mode",
-        "init_lora_weights",
-    ),
-    *(
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-    ),
-    *(
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-    ),
-}
-
-# These starts take a part of the base's weights into the adapter: on the base as it was, A and B compute another model.
-_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+from minilora.files.adapter_folder import WEIGHTS, SavedAdapter, read_adapter, write_adapter
+from minilora.files.names import canonical_name
+from minilora.files.peft_config import alpha_of, dropout_of, make_config
+from minilora.lora import LoRA
+from minilora.surgery import Model, attach, check_bare, trained_whole
+from minilora.targets import adapted_layers, adapter_names, linear_layers
 
 
-def canonical(name: str) -> str:
-    """Returns a module's or parameter's name without what compile, DDP, FSDP and PEFT put around it."""
-    name = name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
-    while True:
-        for prefix in (_PREFIX, "module."):
-            if name.startswith(prefix):
-                name = name[len(prefix) :]
-                break
-        else:
-            return name
+def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
+    """Writes an adapter, and what `train_also` trained, as a folder that PEFT reads too.
 
-
-def save_adapter(model: nn.Module, path: str | Path) -> Path:
-    """Writes the adapter, and what `train_also` trained, as a folder that PEFT and `load_adapter` read.
-
-    Both files are written under another name first: a full disk or a kill leaves the old ones whole. The weights carry a
-    hash of their config and one of themselves.
+    The write is atomic: a full disk or a kill leaves the old files. The weights carry a hash of
+    their config and one of themselves.
 
     Args:
-        model: an injected model. What is trained is written in the dtype that it has, the adapters in float32.
-        path: the folder; it is made if it is not there.
+        model: an injected model. Adapters are written in float32, parameters of `train_also` in
+            the dtype that they have.
+        path: the folder; it is created if it does not exist.
+        name: which adapter. Default: the only one that the model has.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the model has no adapter.
-        OSError: the disk is full or the folder cannot be written to; files that were there stay.
+        ValueError: the model has no adapter, none of that name, or several and no name is given.
+        OSError: the disk is full or the folder cannot be written to; existing files stay.
 
     Example:
         >>> model = minilora.inject(torch.nn.Sequential(torch.nn.Linear(64, 8)), r=4)
         >>> sorted(p.name for p in save_adapter(model, tmp / "adapter").iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    layers = {canonical(n): layer for n, layer in adapters(model).items()}
-    if not layers:
-        raise ValueError("the model has no adapter to save: minilora.inject first")
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B
-    whole = _trained_whole(model)
-    tensors |= {_PREFIX + name: p for name, p in whole.items()}
-    config = _config(model, layers, sorted({name.rpartition(".")[0] for name in whole} - {""}))
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    name = _only_name(model) if name is None else name
+    adapters = _adapters(model, name)
+    whole = {canonical_name(path): p for path, p in trained_whole(model).items()}
+
+    config = make_config(
+        model,
+        adapters={layer: adapter.config() for layer, adapter in adapters.items()},
+        linear_layers=_linear_layers(model),
+        modules_to_save={parameter.rpartition(".")[0] for parameter in whole} - {""},
+    )
+    tensors = {layer: adapter.tensors() for layer, adapter in adapters.items()}
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic(folder / CONFIG, folder / WEIGHTS) as (config_file, weights_file):
-        config_file.write_text(text)
-        name = next(iter(layers.values())).adapter_name
-        write_tensors(
-            weights_file,
-            tensors,
-            {_HASH: _sha256(text.encode()), _SUM: _checksum(tensors), _NAME: name},
-        )
+    write_adapter(folder, SavedAdapter(name, config, tensors, whole))
     return folder
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def load_adapter(
+    model: Model,
+    path: str | Path,
+    name: str | None = None,
+    *,
+    allow_zero: bool = False,
+    adapter: type[LoRA] = LoRA,
+) -> Model:
+    """Reads an adapter that `save_adapter` or PEFT wrote, and adds it unless the model has it.
 
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """safetensors has none of its own: a flipped bit in a weight would load without a word.
-
-    Of copies: `tensor.numpy()` makes the storage it shares non-resizable for good, which FSDP2 does not survive.
-    """
-    total = hashlib.sha256()
-    for key in sorted(tensors):
-        total.update(
-            tensors[key]
-            .detach()
-            .cpu()
-            .contiguous()
-            .clone()
-            .reshape(-1)
-            .view(torch.uint8)
-            .numpy()
-            .tobytes()
-        )
-    return total.hexdigest()
-
-
-def _trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters that are no adapter's: those of `train_also`."""
-    ours = {id(p) for layer in adapters(model).values() for p in (layer.lora_A, layer.lora_B)}
-    return {
-        canonical(n): p
-        for n, p in model.named_parameters()
-        if p.requires_grad and id(p) not in ours
-    }
-
-
-def _config(model: nn.Module, layers: dict[str, LoRALinear], whole: list[str]) -> dict[str, Any]:
-    first = next(iter(layers.values()))
-    last_parts = sorted({name.rpartition(".")[2] for name in layers})
-    linear = {canonical(n) for n in sites(model, LINEAR)}
-    exact = {n for n in linear if any(is_named(n, part) for part in last_parts)} == set(layers)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None)
-        or None,
-        "r": first.r,
-        "lora_alpha": first.alpha,
-        "rank_pattern": {
-            "^" + re.escape(n): layer.r for n, layer in layers.items() if layer.r != first.r
-        },
-        "alpha_pattern": {
-            "^" + re.escape(n): layer.alpha
-            for n, layer in layers.items()
-            if layer.alpha != first.alpha
-        },
-        "lora_dropout": first.dropout,
-        "target_modules": last_parts if exact else "|".join(map(re.escape, sorted(layers))),
-        "modules_to_save": whole or None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-
-
-def load_adapter(model: Model, path: str | Path, *, allow_zero: bool = False) -> Model:
-    """Reads an adapter that `save_adapter` or PEFT wrote, injecting it first where the model has none.
+    An adapter that is added becomes the active one, as with `inject`.
 
     Args:
-        model: the base, dense or quantized; or a model with an adapter of the same layers and ranks, which is overwritten.
+        model: the base, dense or quantized. If it has an adapter of that name on the same layers
+            with the same ranks, that adapter is overwritten.
         path: the folder.
+        name: the adapter's name in the model. Default: the name that it was saved under, which is
+            "default" for files of PEFT's.
         allow_zero: accept an adapter whose every B is zero (one that was never trained).
+        adapter: the class of the adapter, as for `inject`.
 
     Returns:
         The model.
 
     Raises:
-        FileNotFoundError: one of the two files is not there.
-        ValueError: the config asks for what minilora does not have; the tensors do not fit the model (the first mismatches are
-            named); a file is damaged, or the two do not belong together; every B is zero. The model is as it was.
+        FileNotFoundError: one of the two files does not exist.
+        ValueError: the config sets an option that the adapter does not have; the tensors do not
+            fit the model (the first mismatches are named); a file is damaged, or the two do not
+            belong together; every B is zero. The model stays unchanged.
 
     Example:
         >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(64, 8))
         >>> folder = save_adapter(minilora.inject(make(), r=4), tmp / "a")
-        >>> load_adapter(make(), folder, allow_zero=True)[0].r
+        >>> load_adapter(make(), folder, allow_zero=True)[0].adapters["default"].r
         4
     """
     folder = Path(path)
-    config = _read_config(folder / CONFIG)
-    tensors, metadata = read_tensors(folder / WEIGHTS)
-    config_hash, unfinished = _sha256((folder / CONFIG).read_bytes()), partial(folder / WEIGHTS)
-    if (
-        metadata.get(_HASH, config_hash) != config_hash and unfinished.is_file()
-    ):  # killed between the two renames
-        tensors, metadata = read_tensors(unfinished)
-    if metadata.get(_SUM, None) not in (None, _checksum(tensors)):
+    saved = read_adapter(folder, own_options=adapter(1, 1, r=1).config())
+    if not allow_zero and not saved.changes_something():
         raise ValueError(
-            f"{folder / WEIGHTS} is damaged: its weights are not those that were saved; copy or save it again"
+            f"every B in {folder / WEIGHTS} is zero: the adapter changes nothing "
+            "(allow_zero=True to load it)"
         )
-    if metadata.get(_HASH, config_hash) != config_hash:
-        raise ValueError(
-            f"{folder / CONFIG} is not the config that {WEIGHTS} was saved with: restore it, or save the adapter again"
-        )
-    A, B, whole = _sort(tensors, folder / WEIGHTS)
-    if B and not allow_zero and not any(bool(b.any()) for b in B.values()):
-        raise ValueError(
-            f"every B in {folder / WEIGHTS} is zero: the adapter changes nothing (allow_zero=True to load it)"
-        )
-    actual = {canonical(n): n for n, _ in model.named_modules()}
-    problems = _mismatches(model, A, B, whole)
-    if problems:
-        shown = "; ".join(problems[:5]) + (
-            f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        )
-        raise ValueError(f"{folder} does not fit this {type(model).__name__}: {shown}")
-    held = {canonical(n): layer for n, layer in adapters(model).items()}
-    if not held:
-        dropout = float(config.get("lora_dropout") or 0)
-        attach(
-            model,
-            {actual[n]: AdapterSpec(a.shape[0], _alpha(config, n), dropout) for n, a in A.items()},
-        )
-        held = {canonical(n): layer for n, layer in adapters(model).items()}
-    parameters = {canonical(n): p for n, p in model.named_parameters(remove_duplicate=False)}
-    with torch.no_grad():
-        for name, layer in held.items():
-            layer.alpha = _alpha(config, name)
-            layer.scale = layer.alpha / layer.r
-            layer.dropout = float(config.get("lora_dropout") or 0)
-            layer.adapter_name = metadata.get(_NAME, "default")
-            layer.lora_A.copy_(A[name])
-            layer.lora_B.copy_(B[name])
-        for name, tensor in whole.items():
-            parameters[name].copy_(tensor)
-            parameters[name].requires_grad_(True)
+
+    name = saved.name if name is None else name
+    names = adapter_names(model)
+    if saved.whole and names not in ([], [name]):
+        check_bare(model, "parameters trained as a whole belong to a single adapter")
+
+    existing = _adapters(model, name) if name in names else {}
+    try:
+        adapters = existing or _new_adapters(model, saved, adapter)
+        _check_fits(model, saved, adapters)
+    except ValueError as error:
+        kind = type(model).__name__
+        raise ValueError(f"{folder} does not fit this {kind}: {error}") from error
+
+    if not existing:
+        paths = _paths(linear_layers(model))
+        attach(model, {paths[layer]: made for layer, made in adapters.items()}, name=name)
+    _copy(saved, adapters, _parameters(model))
     return model
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: {path.parent} holds no adapter")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no peft_type: it is no adapter's config")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, minilora reads 'LORA'")
-    foreign = {
-        k: v
-        for k, v in config.items()
-        if k not in _READ | _HARMLESS and v and not (k == "bias" and v == "none")
+def _only_name(model: nn.Module) -> str:
+    names = adapter_names(model)
+    if len(names) > 1:
+        known = ", ".join(map(repr, names))
+        raise ValueError(f"the model has several adapters, {known}: say which with name=")
+    return names[0] if names else "default"
+
+
+def _adapters(model: nn.Module, name: str) -> dict[str, LoRA]:
+    """The adapters of that name, by the canonical names of their layers."""
+    layers: dict[str, Any] = dict(adapted_layers(model, name))
+    return {canonical_name(path): layer.adapters[name] for path, layer in layers.items()}
+
+
+def _linear_layers(model: nn.Module) -> dict[str, Any]:
+    """The linear layers by their canonical names."""
+    return {canonical_name(path): layer for path, layer in linear_layers(model).items()}
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter by each of its canonical names."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {canonical_name(path): p for path, p in named}
+
+
+def _paths(names: Mapping[str, Any]) -> dict[str, str]:
+    """Canonical name -> the name that the model has for it."""
+    return {canonical_name(path): path for path in names}
+
+
+def _new_adapters(model: nn.Module, saved: SavedAdapter, kind: type[LoRA]) -> dict[str, LoRA]:
+    """An adapter for each saved layer that the model has; the model is not changed.
+
+    The ranks are those of the tensors, whatever the config says.
+    """
+    layers = _linear_layers(model)
+    return {
+        name: kind.for_layer(
+            layers[name],
+            saved.rank(name),
+            alpha=alpha_of(saved.config, name),
+            layer_name=name,
+        )
+        for name in saved.layers
+        if name in layers
     }
-    if str(config.get("init_lora_weights")).startswith(_MOVES_THE_BASE):
-        foreign["init_lora_weights"] = config["init_lora_weights"]
-    if foreign:
-        raise ValueError(
-            f"{path} asks for what minilora does not have: "
-            + ", ".join(f"{k}={v!r}" for k, v in foreign.items())
-        )
-    return config
 
 
-def _alpha(config: dict[str, Any], name: str) -> float:
-    """A layer's alpha: the first of the patterns, which match the end of its name, or the alpha of all."""
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return float(value)
-    return float(config.get("lora_alpha", 8))
-
-
-def _sort(
-    tensors: dict[str, Tensor], path: Path
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Returns (A by layer, B by layer, whole parameters by name)."""
-    A: dict[str, Tensor] = {}
-    B: dict[str, Tensor] = {}
-    whole: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = canonical(key)
-        for suffix, kind in ((".lora_A.weight", A), (".lora_B.weight", B)):
-            if name.endswith(suffix):
-                kind[name.removesuffix(suffix)] = tensor
-                break
-        else:
-            whole[name.replace(".base_layer.", ".")] = (
-                tensor  # PEFT saves a copy of an embedding that has an adapter
-            )
-    if not A or A.keys() != B.keys():
-        odd = sorted(A.keys() ^ B.keys())
-        raise ValueError(
-            f"{path} is no LoRA adapter: "
-            + (f"A without B, or B without A, for {odd[0]}" if odd else "it has no A and B")
-        )
-    return A, B, whole
-
-
-def _mismatches(
-    model: nn.Module, A: dict[str, Tensor], B: dict[str, Tensor], whole: dict[str, Tensor]
-) -> list[str]:
-    found: list[str] = []
-    layers = {canonical(n): site.layer for n, site in sites(model, LINEAR).items()}
-    held = {n for n, layer in layers.items() if isinstance(layer, LoRALinear)}
-    for name in A:
-        layer = layers.get(name)
-        if layer is None:
-            found.append(f"the model has no linear layer {name}")
-        elif held and name not in held:
-            found.append(f"{name} has no adapter in the model")
-        else:
-            r = layer.r if isinstance(layer, LoRALinear) else A[name].shape[0]
-            want = (r, layer.in_features), (layer.out_features, r)
-            if (tuple(A[name].shape), tuple(B[name].shape)) != want:
-                found.append(
-                    f"{name}: the file has A {list(A[name].shape)} and B {list(B[name].shape)}, the model's layer is {layer}"
-                )
-    found += [
-        f"the file has nothing for {name}, which has an adapter" for name in sorted(held - A.keys())
+def _check_fits(model: nn.Module, saved: SavedAdapter, adapters: Mapping[str, LoRA]) -> None:
+    """Raises ValueError with the first mismatches between the files and the model."""
+    problems = [
+        *_layer_mismatches(model, saved, adapters),
+        *_parameter_mismatches(_parameters(model), saved.whole),
     ]
-    parameters = {canonical(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError("; ".join(problems[:5]) + more)
+
+
+def _layer_mismatches(
+    model: nn.Module, saved: SavedAdapter, adapters: Mapping[str, LoRA]
+) -> list[str]:
+    """Where the saved layers and their tensors are not those of the model's adapters."""
+    layers = _linear_layers(model)
+    found = []
+    for name, tensors in saved.layers.items():
+        if name not in layers:
+            found.append(f"the model has no linear layer {name}")
+        elif name not in adapters:
+            found.append(f"{name} has no adapter in the model")
+        elif _shapes(tensors) != (expected := _shapes(adapters[name].tensors())):
+            there, here = _describe(_shapes(tensors)), _describe(expected)
+            found.append(f"{name}: the file has {there}, the model {here}")
+
+    missing = sorted(adapters.keys() - saved.layers.keys())
+    return found + [f"the file has nothing for {name}, which has an adapter" for name in missing]
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {end: list(tensor.shape) for end, tensor in tensors.items()}
+
+
+def _describe(shapes: Mapping[str, list[int]]) -> str:
+    """A [8, 64] and B [32, 8]."""
+    return " and ".join(
+        f"{end.removeprefix('lora_').removesuffix('.weight')} {shape}"
+        for end, shape in shapes.items()
+    )
+
+
+def _parameter_mismatches(
+    parameters: Mapping[str, nn.Parameter], whole: Mapping[str, Tensor]
+) -> list[str]:
+    """Where the parameters that were trained as a whole are not those of the model."""
+    found = []
     for name, tensor in whole.items():
         if name not in parameters:
             found.append(f"the model has no parameter {name}")
         elif parameters[name].shape != tensor.shape:
-            found.append(
-                f"{name}: the file has {list(tensor.shape)}, the model {list(parameters[name].shape)}"
-            )
+            there, here = list(tensor.shape), list(parameters[name].shape)
+            found.append(f"{name}: the file has {there}, the model {here}")
+        elif not tensor.is_floating_point():
+            found.append(f"{name}: the file has {tensor.dtype}")
     return found
+
+
+@torch.no_grad()
+def _copy(
+    saved: SavedAdapter, adapters: Mapping[str, LoRA], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    for layer, adapter in adapters.items():
+        adapter.alpha = alpha_of(saved.config, layer)
+        adapter.dropout = dropout_of(saved.config)
+        for end, parameter in adapter.tensors().items():
+            parameter.copy_(saved.layers[layer][end])
+
+    for name, tensor in saved.whole.items():
+        parameters[name].copy_(tensor)
+        parameters[name].requires_grad_(True)

@@ -3,38 +3,39 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]
-) -> None:
-    """safetensors' save_file with an error that says which file."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes tensors and metadata as a safetensors file.
+
+    Raises:
+        OSError: the file cannot be written; the message names it.
+    """
+    contiguous = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     try:
-        save_file(
-            {k: t.detach().contiguous() for k, t in tensors.items()},
-            path,
-            metadata={"format": "pt", **metadata},
-        )
+        save_file(contiguous, path, metadata={"format": "pt", **metadata})
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns (tensors, metadata) of a safetensors file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is cut short or damaged.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or truncated.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
+        raise FileNotFoundError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            keys = file.keys()
+            tensors = {key: file.get_tensor(key) for key in keys}
+            return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is damaged or cut short and cannot be read ({error}): copy or save it again"
+            f"{path} is damaged or truncated and cannot be read ({error}): copy or save it again"
         ) from error

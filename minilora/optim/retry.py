@@ -1,13 +1,19 @@
-r"""A training step that runs out of memory is run again, once, with the optimizer's states moved out of its way.
+r"""Running a training step again after it ran out of memory.
 
-Forward and backward are where a long sequence runs out, before the optimizer has its turn. What they change is little: random
-generators and gradients. Both are remembered, so that the second run starts from where the first one did and gives its bits.
+A long sequence runs out of memory in forward or backward, before the optimizer has its turn to move
+its states. `retry_on_oom` then moves them and runs forward and backward once more. What the first
+run has changed is little: random generators and gradients. Both are saved before and restored, so
+the second run is bit-identical to one that never failed.
+
+It costs nothing while gradients are None at the start; while they accumulate, one copy of them to
+host memory per call. accelerate's `find_executable_batch_size` restarts the whole training with a
+smaller batch instead.
 """
 
 import gc
 import random
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,26 +25,31 @@ T = TypeVar("T")
 
 
 def retry_on_oom(step: Callable[[], T], optimizer: PagedAdamW) -> T:
-    """Runs forward + backward, and once more with the states on the host if the device runs out of memory.
+    """Runs forward and backward; if the device runs out of memory, again with the states moved.
 
-    The second run starts with the random state (PyTorch's, of the CPU and of the parameters' devices, Python's, NumPy's) and the
-    gradients that the first one found: its loss, gradients and random state are those of a step that never failed, to the bit.
+    The second run starts with the gradients and the random state that the first one found (of
+    PyTorch on the CPU and the parameters' devices, of Python and of NumPy). Its loss, gradients and
+    random state are bit-identical to those of a step that never failed.
 
     Args:
-        step: runs forward and backward once and returns, say, the loss. It may be called twice: what else it changes (the running
-            mean of a BatchNorm, an iterator, gradients of parameters that the optimizer does not have) is changed twice.
-        optimizer: its parameters are those whose gradients are restored. With page="never" only the cache is emptied.
+        step: runs forward and backward once and returns, for example, the loss. It may be called
+            twice: anything else that it changes is changed twice (the running mean of a BatchNorm,
+            an iterator, gradients of parameters that the optimizer does not have).
+        optimizer: the gradients of its parameters are restored. With page="never" its states stay
+            where they are, and only the allocator's cache is emptied.
 
     Returns:
         What `step` returned.
 
     Raises:
-        torch.OutOfMemoryError: the second run failed too, or the gradients could not be remembered; it says what was in use, what
-            was freed and what to change. Gradients and random state are as they were before.
-        MemoryError: the host has no room for the states.
+        torch.OutOfMemoryError: the second run failed too, or the gradients could not be saved. The
+            message says what was in use, what was freed and what to change. Gradients and random
+            state are as they were before.
+        MemoryError: not enough host memory for the states.
 
-    While gradients accumulate (they are not None), each call copies them to host memory first. A CPU that runs out of memory
-    raises a plain RuntimeError, which is not caught: no state can be moved out of its way.
+    While gradients accumulate (they are not None), each call first copies them to host memory. A
+    CPU that runs out of memory raises a plain RuntimeError, which is not caught: moving states
+    within its own memory would not help.
 
     Example:
         >>> layer = torch.nn.Linear(3, 2)
@@ -50,56 +61,74 @@ def retry_on_oom(step: Callable[[], T], optimizer: PagedAdamW) -> T:
         >>> loss = minilora.retry_on_oom(step, optimizer)
         >>> optimizer.step()
     """
-    before = _Before(optimizer)
+    before = _Snapshot(optimizer)
+
     try:
         return step()
     except torch.OutOfMemoryError as error:
         first = str(error)
-    # Out of the handler: the traceback held the frames of `step`, and they the activations.
+
+    # Outside the handler: its traceback kept alive the frames of `step`, and with them activations.
     before.restore()
     gc.collect()
     freed = 0 if optimizer.page == "never" else optimizer.page_out()
     optimizer.release()
+
     try:
         return step()
     except torch.OutOfMemoryError as error:
         second = str(error)
-    used = optimizer.in_use()
+
+    in_use = optimizer.in_use()
     before.restore()
-    raise torch.OutOfMemoryError(
-        f"forward + backward ran out of memory twice.\n  first: {first}\n  then: {second}\n"
-        f"Between the two, {freed / 1e6:.1f} MB of optimizer states moved to the host and the cache was emptied.\n"
-        f"In use after the second: {used}.\n"
-        "Use a smaller batch (and accumulate gradients), shorter sequences, or gradient checkpointing."
+    raise torch.OutOfMemoryError(_ran_out_twice(first, second, freed, in_use))
+
+
+def _ran_out_twice(first: str, second: str, freed: int, in_use: str) -> str:
+    return (
+        "forward + backward ran out of memory twice.\n"
+        f"  first: {first}\n"
+        f"  then: {second}\n"
+        f"In between, {freed / 1e6:.1f} MB of optimizer states moved to the host and the "
+        "allocator's cache was emptied.\n"
+        f"In use after the second failure: {in_use}.\n"
+        "Use a smaller batch (and accumulate gradients), shorter sequences, or gradient "
+        "checkpointing."
     )
 
 
-class _Before:
-    """What a step finds: random states, and the gradients of an optimizer's parameters, copied to the host."""
+class _Snapshot:
+    """What a step finds: random states, and the gradients of the optimizer's parameters."""
 
     def __init__(self, optimizer: PagedAdamW) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         self.grads = [(p, None if p.grad is None else p.grad.to("cpu", copy=True)) for p in params]
-        self.devices = {p.device for p in params} - {torch.device("cpu")}
-        self.random = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        self.device_random = {d: torch.get_device_module(d).get_rng_state(d) for d in self.devices}
+
+        self.python = random.getstate()
+        self.numpy = np.random.get_state()
+        self.cpu = torch.get_rng_state()
+
+        devices = {p.device for p in params} - {torch.device("cpu")}
+        self.devices = {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
 
     def restore(self) -> None:
-        python, numpy, cpu = self.random
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        for device, state in self.device_random.items():
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        for device, state in self.devices.items():
             torch.get_device_module(device).set_rng_state(state, device)
+
         for p, grad in self.grads:
-            _set_grad(p, grad)
+            _restore_grad(p, grad)
 
 
-def _set_grad(p: Any, grad: Tensor | None) -> None:
+def _restore_grad(p: Tensor, grad: Tensor | None) -> None:
     if grad is None:
         p.grad = None
-    elif p.grad is None:  # the step dropped it
+    elif p.grad is None:
+        # The step has dropped the gradient.
         p.grad = grad.to(p.device, copy=True)
     else:
+        # In place, since that needs no memory.
         with torch.no_grad():
-            p.grad.copy_(grad)  # in place: no memory is needed
+            p.grad.copy_(grad)

@@ -1,23 +1,40 @@
-"""A dry run: what `inject` and `quantize` would touch and what the run will hold in memory, before anything is loaded."""
+"""A dry run: which layers would get adapters, and how much memory the run needs."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from minilora.layers import NF4Linear, check_adapter
-from minilora.nf4 import check_block_size
-from minilora.ops import GROUP
-from minilora.reports.tables import Table, alike, stack
-from minilora.surgery import check_bare, check_site, check_untied, parameters_named, tied_names
-from minilora.targets import DEFAULT_EXCLUDE, LINEAR, Targets, resolve, sites
+from minilora.kernels.reference.nf4 import GROUP
+from minilora.layers import NF4Linear
+from minilora.lora import check_options
+from minilora.nf4 import check_format
+from minilora.reports.formatting import format_bytes
+from minilora.reports.pictures import stacked_bar
+from minilora.reports.tables import Table, group_layers
+from minilora.surgery import check_bare, check_can_be_adapted, check_can_be_quantized
+from minilora.targets import (
+    DEFAULT_EXCLUDE,
+    Targets,
+    linear_layers,
+    select_layers,
+    select_parameters,
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer that would be wrapped: its name and size [out, in], the adapter's parameters, the base's bytes."""
+    """One layer that would get an adapter.
+
+    Attributes:
+        name: the layer's full name.
+        out_features, in_features: the size of its weight, [out, in].
+        adapter_parameters: r (in + out).
+        base_bytes: memory of the frozen weight.
+    """
 
     name: str
     out_features: int
@@ -28,14 +45,18 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What `plan` found. It prints as a table; in a notebook the bytes are drawn below it.
+    """The result of `plan`. It prints as a table; a notebook adds a bar of the memory.
 
     Attributes:
+        model: the model's class, or the folder or hub id that it comes from.
+        r: the rank.
+        quantize: whether layers would be in NF4.
         rows: the layers that would get an adapter.
         left_out: linear layers that would not.
-        parameters: the model's parameters, a tied one counted once.
-        trainable: parameters that would be trained.
-        bytes: by kind: "quantized", "dense" (what stays as it is), "adapters", "gradients", "optimizer" (AdamW's two states).
+        parameters: the model's parameters; a tied one counts once.
+        trainable: the parameters that would be trained.
+        bytes: memory by kind: "quantized", "dense" (whatever is not quantized), "adapters",
+            "gradients", "optimizer" (AdamW's two states).
     """
 
     model: str
@@ -49,59 +70,70 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Weights, adapters, gradients and optimizer; activations come on top and depend on batch and length."""
+        """Weights, adapters, gradients and optimizer states.
+
+        Activations are not included; they depend on batch size and sequence length.
+        """
         return sum(self.bytes.values())
 
     def table(self) -> Table:
-        """The layers, those of one name and size in one row."""
-        rows = []
-        for kind, layers in alike(self.rows).items():
-            adapters, base = (
-                sum(row.adapter_parameters for row in layers),
-                sum(row.base_bytes for row in layers),
-            )
-            rows.append((*kind, f"{len(layers)}", f"{adapters:,}", amount(base)))
-        below = [f"together {amount(self.total_bytes)}, and the activations"]
-        if self.left_out:
-            more = f" and {len(self.left_out) - 4} more" if len(self.left_out) > 4 else ""
-            below.insert(0, f"left out: {', '.join(self.left_out[:4])}{more}")
+        """One row per name and size."""
         share = self.trainable / self.parameters
-        title = f"{self.model}: {self.parameters:,} parameters, {self.trainable:,} to train ({share:.2%})"
-        return Table(
-            title, ("layer", "out x in", "count", "adapter", "base"), tuple(rows), tuple(below)
+        title = (
+            f"{self.model}: {self.parameters:,} parameters, "
+            f"{self.trainable:,} trainable ({share:.2%})"
         )
 
+        rows = []
+        for kind, layers in group_layers(self.rows).items():
+            adapter = sum(row.adapter_parameters for row in layers)
+            base = sum(row.base_bytes for row in layers)
+            rows.append((*kind, f"{len(layers)}", f"{adapter:,}", format_bytes(base)))
+
+        below = [f"total {format_bytes(self.total_bytes)}, plus activations"]
+        if self.left_out:
+            below.insert(0, f"no adapter: {_shortened(self.left_out)}")
+
+        head = ("layer", "out x in", "count", "adapter", "base")
+        return Table(title, head, tuple(rows), tuple(below))
+
+    def _held(self) -> dict[str, int]:
+        return {kind: n for kind, n in self.bytes.items() if n}
+
     def __repr__(self) -> str:
-        kinds = ", ".join(f"{kind} {amount(n)}" for kind, n in self.bytes.items() if n)
+        kinds = ", ".join(f"{kind} {format_bytes(n)}" for kind, n in self._held().items())
         table = self.table()
         return str(replace(table, below=(*table.below, kinds)))
 
     def _repr_html_(self) -> str:
-        held = {kind: n for kind, n in self.bytes.items() if n}
-        return self.table().html(stack(held, {kind: amount(n) for kind, n in held.items()}))
+        held = self._held()
+        labels = {kind: format_bytes(n) for kind, n in held.items()}
+        return self.table().html(stacked_bar(held, labels))
 
 
-def amount(n: float) -> str:
-    """Bytes as a person reads them, in powers of ten: 12.3 MB."""
-    if n < 1000:
-        return f"{n:.0f} B"
-    for unit in ("kB", "MB"):
-        n /= 1000
-        if n < 1000:
-            return f"{n:.1f} {unit}"
-    return f"{n / 1000:.2f} GB"
+def _shortened(names: Sequence[str]) -> str:
+    """The first four of the names, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def nf4_bytes(n: int, block_size: int = 64, double_quant: bool = True) -> int:
-    """Bytes of n weights in NF4: 4 bits each, an absmax a block, and with double quantization an absmax2 a group of 256.
+    """Returns the bytes of n weights in NF4.
+
+    4 bits per weight; a float32 absmax per block or, with double quantization, 8 bits per block,
+    a float32 absmax2 per group of 256 blocks and one float32 offset.
 
     Example:
         >>> nf4_bytes(4096 * 4096) * 8 / 4096**2
         4.126955032348633
     """
+    codes = (n + 1) // 2
     blocks = -(-n // block_size)
-    constants = blocks + 4 * -(-blocks // GROUP) + 4 if double_quant else 4 * blocks
-    return (n + 1) // 2 + constants
+    if not double_quant:
+        return codes + 4 * blocks
+
+    groups = -(-blocks // GROUP)
+    return codes + blocks + 4 * groups + 4
 
 
 def plan(
@@ -116,100 +148,138 @@ def plan(
     block_size: int = 64,
     double_quant: bool = True,
 ) -> Plan:
-    """Returns what `quantize` and `inject` with these arguments would do, and the bytes that a run holds. Changes nothing.
+    """Returns what `quantize` and `inject` would do with these arguments, and the memory of a run.
+
+    Nothing is changed.
 
     Args:
-        model: a module, on any device (the meta device too); a transformers config; or a folder or hub name, of which the config
-            alone is read.
+        model: a module on any device, the meta device included; a transformers config; or a
+            folder or hub id, of which only the config is read.
         r, alpha, targets, exclude, train_also: as for `inject`.
-        quantize: the layers with an adapter in NF4; False: the base as it is; targets of its own: those in NF4, whatever has an
-            adapter (`finetune` quantizes "all-linear").
+        quantize: True: the layers with an adapter are in NF4. False: the base stays as it is.
+            Targets: these layers are in NF4, whichever get an adapter (`finetune` quantizes
+            "all-linear").
         block_size, double_quant: as for `quantize`.
 
     Raises:
-        ValueError: what `inject` would raise: a target that matches nothing, a rank that a layer cannot have.
+        ValueError, TypeError: what `quantize` and `inject` would raise, such as a target that
+            matches nothing or a rank that a layer cannot have.
 
     Example:
         >>> p = plan(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8)), r=4)
         >>> p.trainable, [row.name for row in p.rows]
         (800, ['0', '1'])
     """
-    check_block_size(block_size)
-    title = type(model).__name__ if isinstance(model, nn.Module) else str(model)
-    if not isinstance(model, nn.Module):
-        model = _on_meta(model)
-        title = type(model).__name__ if "\n" in title else title
-    chosen = resolve(model, targets, exclude)
-    check_bare(model)
-    tied = tied_names(model)
-    size = {"quantized": 0, "dense": sum(p.nbytes for p in model.parameters())}
-    in_nf4 = (
-        {}
-        if quantize is False
-        else chosen
-        if quantize is True
-        else resolve(model, quantize, exclude)
-    )
-    rows = []
-    for name, site in (chosen | in_nf4 | sites(model, (NF4Linear,))).items():
-        layer = site.layer
-        if name in chosen:
-            check_site(name, site)
-            check_adapter(layer, r, alpha, 0.0, name)
-        nbytes: int = layer.weight.nbytes
-        if name in in_nf4:
-            check_untied(name, site, tied)
-        if isinstance(layer, NF4Linear) or name in in_nf4:
-            size["dense"] -= nbytes
-            if not isinstance(layer, NF4Linear):
-                nbytes = nf4_bytes(layer.in_features * layer.out_features, block_size, double_quant)
-            size["quantized"] += nbytes
-        if name in chosen:
-            rows.append(
-                Row(
-                    name,
-                    layer.out_features,
-                    layer.in_features,
-                    r * (layer.in_features + layer.out_features),
-                    nbytes,
-                )
-            )
-    adapters = sum(row.adapter_parameters for row in rows)
-    also = parameters_named(model, train_also)
-    trainable = adapters + sum(p.numel() for p in also)
-    size["adapters"] = 4 * adapters
-    size["gradients"] = 4 * adapters + sum(p.nbytes for p in also)
-    size["optimizer"] = 2 * size["gradients"]
+    check_format(block_size, "nf4")
+    name, model = _named_model(model)
+
+    adapted = _layers_to_adapt(model, r, alpha, targets, exclude)
+    quantized_targets = targets if quantize is True else quantize
+    to_quantize = _layers_to_quantize(model, quantized_targets, exclude)
+    in_nf4 = to_quantize | _quantized_layers(model)
+    also = select_parameters(model, train_also)
+
+    base_bytes = _base_bytes(adapted | in_nf4, in_nf4.keys(), block_size, double_quant)
+    rows = tuple(_row(path, layer, r, base_bytes[path]) for path, layer in adapted.items())
+    adapter_parameters = sum(row.adapter_parameters for row in rows)
+    gradients = 4 * adapter_parameters + sum(p.nbytes for p in also)
+    dense = sum(p.nbytes for p in model.parameters())
+    dense -= sum(layer.weight.nbytes for layer in in_nf4.values())
+
     return Plan(
-        model=title,
+        model=name,
         r=r,
-        quantize=bool(in_nf4),
-        rows=tuple(rows),
-        left_out=tuple(name for name in sites(model, LINEAR) if name not in chosen),
-        parameters=_count(model),
-        trainable=trainable,
-        bytes=size,
+        quantize=bool(to_quantize),
+        rows=rows,
+        left_out=tuple(path for path in linear_layers(model) if path not in adapted),
+        parameters=_count_parameters(model),
+        trainable=adapter_parameters + sum(p.numel() for p in also),
+        bytes={
+            "quantized": sum(base_bytes[path] for path in in_nf4),
+            "dense": dense,
+            "adapters": 4 * adapter_parameters,
+            "gradients": gradients,
+            "optimizer": 2 * gradients,
+        },
     )
 
 
-def _count(model: nn.Module) -> int:
-    """Weights, not stored elements: a quantized layer counts as the dense one it stands for."""
-    ours = [site.layer for site in sites(model, (NF4Linear,)).values()]
-    packed = {
-        id(p) for layer in ours for p in (layer.packed, layer.absmax, layer.absmax2, layer.offset)
+def _layers_to_adapt(
+    model: nn.Module, r: int, alpha: float | None, targets: Targets, exclude: Sequence[str]
+) -> dict[str, Any]:
+    """The layers that `inject` would change, after its checks."""
+    chosen = select_layers(model, targets, exclude)
+    check_can_be_adapted(model, chosen, "default")
+    check_bare(model)
+
+    alpha = 2 * r if alpha is None else alpha
+    for name, layer in chosen.items():
+        check_options(layer.in_features, layer.out_features, r, alpha, 0.0, name)
+    return chosen
+
+
+def _layers_to_quantize(
+    model: nn.Module, targets: bool | Targets, exclude: Sequence[str]
+) -> dict[str, Any]:
+    """The layers that `quantize` would change, after its checks; layers in NF4 stay in NF4."""
+    if isinstance(targets, bool):
+        return {}
+    chosen = select_layers(model, targets, exclude)
+    already = _quantized_layers(model)
+    dense = {name: layer for name, layer in chosen.items() if name not in already}
+    check_can_be_quantized(model, dense)
+    return chosen
+
+
+def _quantized_layers(model: nn.Module) -> dict[str, Any]:
+    layers = linear_layers(model)
+    return {name: layer for name, layer in layers.items() if isinstance(layer, NF4Linear)}
+
+
+def _row(name: str, layer: Any, r: int, base_bytes: int) -> Row:
+    return Row(
+        name=name,
+        out_features=layer.out_features,
+        in_features=layer.in_features,
+        adapter_parameters=r * (layer.in_features + layer.out_features),
+        base_bytes=base_bytes,
+    )
+
+
+def _base_bytes(
+    layers: Mapping[str, Any], in_nf4: Collection[str], block_size: int, double_quant: bool
+) -> dict[str, int]:
+    """The bytes of each layer's weight, as it is stored or as it would be in NF4."""
+    found = {name: layer.weight.nbytes for name, layer in layers.items()}
+    for name in in_nf4:
+        layer = layers[name]
+        if not isinstance(layer, NF4Linear):
+            size = layer.in_features * layer.out_features
+            found[name] = nf4_bytes(size, block_size, double_quant)
+    return found
+
+
+def _count_parameters(model: nn.Module) -> int:
+    """Counts weights, not stored elements: a quantized layer counts as the dense one."""
+    quantized = _quantized_layers(model).values()
+    stored = {
+        id(p)
+        for layer in quantized
+        for p in (layer.packed, layer.absmax, layer.absmax2, layer.offset)
     }
-    dense = sum(p.numel() for p in model.parameters() if id(p) not in packed)
-    return dense + sum(int(layer.in_features * layer.out_features) for layer in ours)
+    dense = sum(p.numel() for p in model.parameters() if id(p) not in stored)
+    return dense + sum(int(layer.weight.numel()) for layer in quantized)
 
 
-def _on_meta(source: Any) -> nn.Module:
-    """A transformers config, or the name of a model, as an empty model on the meta device."""
+def _named_model(source: Any) -> tuple[str, nn.Module]:
+    """Returns (name, model). A config or a model's name gives a model on the meta device."""
+    if isinstance(source, nn.Module):
+        return type(source).__name__, source
+
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = (
-        AutoConfig.from_pretrained(source)
-        if isinstance(source, str) or hasattr(source, "__fspath__")
-        else source
-    )
+    is_name = isinstance(source, str | os.PathLike)
+    config = AutoConfig.from_pretrained(source) if is_name else source
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+        model = AutoModelForCausalLM.from_config(config)
+    return str(source) if is_name else type(model).__name__, model

@@ -1,4 +1,5 @@
-"""The training recipe: config, data, the loop, checkpoints of a run."""
+"""Fine-tuning: the config, the data, the loop, checkpoints of a run."""
 
-from minilora.training.loop import FinetuneConfig as FinetuneConfig
-from minilora.training.loop import finetune as finetune
+from minilora.training.config import FinetuneConfig as FinetuneConfig
+from minilora.training.interrupts import Interrupted as Interrupted
+from minilora.training.recipe import finetune as finetune

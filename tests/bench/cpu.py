@@ -1,11 +1,14 @@
-"""Speed on the CPU: minilora, bitsandbytes and dense PyTorch, 4096 x 4096, by one command: python tests/bench/cpu.py
+"""Speed on the CPU of minilora, bitsandbytes and dense PyTorch, 4096 x 4096.
 
-Every side runs in a process of its own, because two OpenMP runtimes in one process slow each other down, and the sides take
-turns. Each turn gives the median of many calls; the table shows each side's best turn. No figure is printed for a result that
-is wrong: every side is first held against the reference.
+    python tests/bench/cpu.py
+
+Every side runs in a process of its own, because two OpenMP runtimes in one process slow each other
+down, and the sides take turns. Each turn gives the median of many calls; the table shows each
+side's best turn. A wrong result is not timed: every side is first compared with the reference.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -24,7 +27,9 @@ from minilora.kernels.reference import nf4 as reference
 
 N = 4096
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Case = tuple[Callable[[], object], int]  # what to time, how many calls
+
+# What to time, and how many calls.
+Case = tuple[Callable[[], object], int]
 
 
 def weight(dtype: torch.dtype) -> Tensor:
@@ -41,7 +46,7 @@ def check(name: str, right: bool) -> None:
 
 
 def check_product(name: str, y: Tensor, x: Tensor, W: Tensor) -> None:
-    """bfloat16 products against float64: within a rounding of the result, 2^-8, and of the sum's size."""
+    """Compares bfloat16 products with float64: a rounding of the result, 2^-8, and of the sums."""
     exact = x.double() @ W.double().T
     bound = 2**-8 * exact.abs() + 2**-14 * (x.double().abs() @ W.double().abs().T)
     check(name, bool(((y.double() - exact).abs() <= bound).all()))
@@ -50,11 +55,15 @@ def check_product(name: str, y: Tensor, x: Tensor, W: Tensor) -> None:
 def products(
     layer: Callable[[Tensor], Tensor], W: Tensor, W_one: Tensor | None = None
 ) -> dict[str, Case]:
-    """Forward, and forward + backward, for some numbers of rows; `W_one` is the weight that one row is multiplied with."""
+    """Forward, and forward + backward, for some numbers of rows.
+
+    `W_one` is the weight that a single row is multiplied by, if it is another one.
+    """
     cases: dict[str, Case] = {}
     for rows in (1, 256, 1024):
         x = inputs(rows)
-        check_product(f"product M={rows}", layer(x), x, W if rows > 1 or W_one is None else W_one)
+        expected = W if rows > 1 or W_one is None else W_one
+        check_product(f"product M={rows}", layer(x), x, expected)
         leaf, dy = x.clone().requires_grad_(), inputs(rows)
 
         def both(leaf: Tensor = leaf, dy: Tensor = dy) -> None:
@@ -86,13 +95,11 @@ def ours() -> dict[str, Case]:
         for double in (False, True):
             q = minilora.quantize_nf4(w, double_quant=double)
             check("quantize", torch.equal(q.packed, packed))
-            stored = reference.double_quantize(absmax) if double else (absmax, None, None)
-            check(
-                "dequantize",
-                torch.equal(
-                    q.dequantize(), reference.dequantize(packed, *stored, (N, N), dtype, 64)
-                ),
-            )
+            constants = reference.double_quantize(absmax) if double else (absmax, None, None)
+            expected = reference.PackedWeight(packed, *constants, (N, N), 64)
+            dense = reference.dequantize(expected, dtype)
+            check("dequantize", torch.equal(q.dequantize(), dense))
+
             kind = "double" if double else "plain"
             cases[f"dequantize, {kind}, {name}"] = (lambda q=q: q.dequantize()), 20
         cases[f"quantize, double, {name}"] = (lambda w=w: minilora.quantize_nf4(w)), 9
@@ -106,31 +113,23 @@ def bitsandbytes() -> dict[str, Case]:
     import bitsandbytes as bnb
     from bitsandbytes import functional as B
 
+    nf4 = {"quant_type": "nf4", "compress_statistics": True}
     cases: dict[str, Case] = {}
     for name, dtype in FLOATS.items():
         w = weight(dtype)
         for double in (False, True):
-            q, state = B.quantize_4bit(
-                w, blocksize=64, quant_type="nf4", compress_statistics=double
-            )
+            options = nf4 | {"compress_statistics": double}
+            q, state = B.quantize_4bit(w, blocksize=64, **options)
             check("quantize", torch.equal(q.view(-1), reference.quantize(w, 64)[0]))
+
             kind = "double" if double else "plain"
-            cases[f"dequantize, {kind}, {name}"] = (
-                (lambda q=q, state=state: B.dequantize_4bit(q, state)),
-                20,
-            )
-        cases[f"quantize, double, {name}"] = (
-            (
-                lambda w=w: B.quantize_4bit(
-                    w, blocksize=64, quant_type="nf4", compress_statistics=True
-                )
-            ),
-            9,
-        )
+            dequantize = functools.partial(B.dequantize_4bit, q, state)
+            cases[f"dequantize, {kind}, {name}"] = dequantize, 20
+        quantize = functools.partial(B.quantize_4bit, w, blocksize=64, **nf4)
+        cases[f"quantize, double, {name}"] = quantize, 9
+
     layer = bnb.nn.Linear4bit(N, N, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-    layer.weight = bnb.nn.Params4bit(
-        weight(torch.bfloat16), requires_grad=False, quant_type="nf4", compress_statistics=True
-    )
+    layer.weight = bnb.nn.Params4bit(weight(torch.bfloat16), requires_grad=False, **nf4)
     layer = layer.to("cpu").train()
     return cases | products(layer, B.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
 
@@ -156,7 +155,8 @@ def measure(side: str, threads: int) -> dict[str, float]:
         for i in range(calls + 2):
             start = time.perf_counter()
             call()
-            if i >= 2:  # after two calls to warm up
+            # Two calls to warm up.
+            if i >= 2:
                 times.append(1e3 * (time.perf_counter() - start))
         medians[name] = statistics.median(times)
     return medians
@@ -174,36 +174,41 @@ def main() -> None:
         warnings.simplefilter("ignore")
         print(json.dumps(measure(args.side, args.threads)))
         return
+    print_table(best_of(args.turns, args.threads), args.turns, args.threads)
+
+
+def best_of(turns: int, threads: int) -> dict[str, dict[str, float]]:
+    """Side -> case -> the smallest median, in milliseconds."""
     best: dict[str, dict[str, float]] = {side: {} for side in SIDES}
-    for turn in range(args.turns):
+    for turn in range(turns):
         for side in SIDES:
-            print(f"turn {turn + 1} of {args.turns}: {side}", file=sys.stderr)
-            command = [sys.executable, __file__, "--side", side, "--threads", str(args.threads)]
+            print(f"turn {turn + 1} of {turns}: {side}", file=sys.stderr)
+            command = [sys.executable, __file__, "--side", side, "--threads", str(threads)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{side}: {done.stderr.strip().splitlines()[-1]}")
             for name, ms in json.loads(done.stdout.splitlines()[-1]).items():
                 best[side][name] = min(ms, best[side].get(name, ms))
-    versions = ", ".join(
-        f"{p} {metadata.version(p)}" for p in ("torch", "numba", "bitsandbytes", "numpy")
-    )
-    bf16 = [n for n in ("avx512_bf16", "amx_bf16") if torch.cpu.get_capabilities().get(n)]
-    print(
-        f"{N} x {N}, blocks of 64, {args.threads} threads; {platform.machine()} with {', '.join(bf16) or 'no bfloat16 unit'}"
-    )
-    print(
-        f"Python {platform.python_version()}, {versions}; milliseconds, best of {args.turns} medians\n"
-    )
+    return best
+
+
+def print_table(best: dict[str, dict[str, float]], turns: int, threads: int) -> None:
+    packages = ("torch", "numba", "bitsandbytes", "numpy")
+    versions = ", ".join(f"{p} {metadata.version(p)}" for p in packages)
+    capabilities = torch.cpu.get_capabilities()
+    bf16 = [n for n in ("avx512_bf16", "amx_bf16") if capabilities.get(n)]
+    units = ", ".join(bf16) or "no bfloat16 unit"
+    print(f"{N} x {N}, blocks of 64, {threads} threads; {platform.machine()} with {units}")
+    print(f"Python {platform.python_version()}, {versions}")
+    print(f"milliseconds, best of {turns} medians\n")
+
     print("| case | minilora | bitsandbytes | its time / ours | dense bfloat16 | ours / dense |")
     print("|---|---|---|---|---|---|")
     for name, mine in best["minilora"].items():
-        theirs, plain = best["bitsandbytes"].get(name), best["dense"].get(name)
-        row = (
-            [name, f"{mine:.2f}", f"{theirs:.2f}", f"{theirs / mine:.2f}"]
-            if theirs
-            else [name, f"{mine:.2f}", "", ""]
-        )
-        row += [f"{plain:.2f}", f"{mine / plain:.2f}"] if plain else ["", ""]
+        theirs, dense = best["bitsandbytes"].get(name), best["dense"].get(name)
+        row = [name, f"{mine:.2f}"]
+        row += [f"{theirs:.2f}", f"{theirs / mine:.2f}"] if theirs else ["", ""]
+        row += [f"{dense:.2f}", f"{mine / dense:.2f}"] if dense else ["", ""]
         print("| " + " | ".join(row) + " |")
 
 

@@ -1,4 +1,7 @@
-"""The differentiable products: float64, gradcheck, the closed forms; every shape, stride and tile; dropout, autocast, compile."""
+"""The differentiable products against float64, gradcheck and the closed forms.
+
+In every shape and stride; tile by tile; with dropout, under autocast and compiled.
+"""
 
 import re
 from collections.abc import Iterator
@@ -7,29 +10,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import gaussian
 from torch import Tensor
 
 import minilora
+from minilora import ops
 from minilora.kernels.cpu import matmul, nf4
-from minilora.kernels.reference import adamw, lora
+from minilora.kernels.reference import lora
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WEIGHTS = [
-    ((33, 128), 64),
-    ((33, 70), 64),
-    ((50, 96), 32),
-    ((1, 64), 64),
-]  # the blocks of the second cross its rows
+
+# The blocks of the second cross its rows.
+WEIGHTS = [((33, 128), 64), ((33, 70), 64), ((50, 96), 32), ((1, 64), 64)]
 LEADING = [(), (0,), (1,), (2,), (17,), (2, 3), (2, 1, 4), (3, 0)]
 LAYOUTS = ("contiguous", "transposed", "expanded", "strided")
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 weights = pytest.mark.parametrize(("shape", "block_size"), WEIGHTS, ids=str)
-
-
-def gaussian(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(
-        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    ).to(dtype)
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
@@ -53,20 +49,17 @@ def inputs(width: int, dtype: torch.dtype, seed: int = 0) -> Iterator[Tensor]:
 def assert_close(
     found: Tensor, exact: Tensor, magnitude: Tensor, roundings: int, terms: int
 ) -> None:
-    """Holds `found` to the error that rounding can make: `roundings` to its dtype, and the sums of `terms` in float32 at least.
+    """Holds `found` to the error that rounding can make.
 
-    A rounding to a dtype errs by at most eps / 2 of what it rounds, which is at most `magnitude`: the same sums of products, of
-    absolute values. 1 % is for products of errors.
+    `roundings` are those to its dtype, `terms` those of the sums, which are in float32 at least. A
+    rounding to a dtype errs by at most eps / 2 of what it rounds, which is at most `magnitude`: the
+    same sums of products, of absolute values. 1 % is for products of errors.
     """
     wide = min(torch.finfo(found.dtype).eps, torch.finfo(torch.float32).eps)
     relative = 1.01 / 2 * (roundings * torch.finfo(found.dtype).eps + terms * wide)
     error = (found.double() - exact).abs()
-    assert found.shape == exact.shape and (error <= relative * magnitude).all(), (
-        error - relative * magnitude
-    ).max()
-
-
-# ---- oracle: float64
+    assert found.shape == exact.shape
+    assert (error <= relative * magnitude).all(), (error - relative * magnitude).max()
 
 
 @weights
@@ -84,7 +77,8 @@ def test_nf4_linear_and_its_gradients_are_within_rounding_of_float64(
             y = minilora.nf4_linear(x, w, bias)
             b = torch.zeros(O, dtype=torch.float64) if bias is None else bias.detach().double()
             X = x.detach().double()
-            # To y's dtype: W, the product, and the sum with the bias. (The sums' terms: I products, and the bias.)
+            # To y's dtype: W, the product, and the sum with the bias. The sums' terms: I products
+            # and the bias.
             assert y.dtype == dtype
             assert_close(y.detach(), X @ W.T + b, X.abs() @ W.abs().T + b.abs(), 3, I + 2)
             for layout in LAYOUTS:
@@ -110,37 +104,32 @@ def test_lora_linear_and_its_gradients_are_within_rounding_of_the_closed_form(
     base: Any = gaussian(O, I, dtype=dtype)
     base = minilora.quantize_nf4(base, block_size) if quantized else base
     W = base.dequantize(torch.float64) if quantized else base.double()
-    wide = (
-        torch.float64 if dtype == torch.float64 else torch.float32
-    )  # an adapter is float32 whatever the base is
-    A, B = (
-        gaussian(r, I, dtype=wide, seed=3).requires_grad_(),
-        gaussian(O, r, dtype=wide, seed=4).requires_grad_(),
-    )
+    # An adapter is float32 whatever the base is.
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    A = gaussian(r, I, dtype=wide, seed=3).requires_grad_()
+    B = gaussian(O, r, dtype=wide, seed=4).requires_grad_()
     double = W, A.detach().double(), B.detach().double(), scale
     magnitude = W.abs(), double[1].abs(), double[2].abs(), scale
+
     for x in inputs(I, dtype):
         x = x.detach().requires_grad_()
         X = x.detach().double().reshape(-1, I)
         y = minilora.lora_linear(x, base, A, B, scale)
         assert y.dtype == dtype and y.shape == (*x.shape[:-1], O)
-        # To the dtype: W, A and B, x A^T or dy B, its multiple, a product, a sum of two. Terms: of the longest chain of sums.
+
+        # To the dtype: W, A and B, x A^T or dy B, its multiple, a product, a sum of two. Terms: of
+        # the longest chain of sums.
         terms = I + O + r + len(X) + 4
-        assert_close(
-            y.detach().view(-1, O),
-            lora.forward(X, *double),
-            lora.forward(X.abs(), *magnitude),
-            6,
-            terms,
-        )
+        exact_y, size = lora.forward(X, *double), lora.forward(X.abs(), *magnitude)
+        assert_close(y.detach().view(-1, O), exact_y, size, 6, terms)
+
         dy = gaussian(*y.shape, dtype=dtype, seed=5)
         D = dy.double().view(-1, O)
         exact, sizes = lora.gradients(X, *double, D), lora.gradients(X.abs(), *magnitude, D.abs())
         dx, dA, dB = torch.autograd.grad(y, [x, A, B], dy)
         assert dx.dtype == dtype and dA.dtype == dB.dtype == wide
-        for found, a, b in zip(
-            (dx.reshape(-1, I), dA.to(dtype), dB.to(dtype)), exact, sizes, strict=True
-        ):
+        gradients = dx.reshape(-1, I), dA.to(dtype), dB.to(dtype)
+        for found, a, b in zip(gradients, exact, sizes, strict=True):
             assert_close(found, a, b, 7, terms)
 
 
@@ -165,21 +154,12 @@ def test_gradcheck_in_float64(shape: tuple[int, int], leading: tuple[int, ...]) 
 
 
 def test_the_merged_weight_behaves_as_the_layer() -> None:
-    x, W, A, B = (
-        gaussian(*size, dtype=torch.float64, seed=i)
-        for i, size in enumerate(((9, 70), (33, 70), (4, 70), (33, 4)))
-    )
-    merged = x @ lora.merged_weight(W, A, B, 0.5).T
-    assert_close(
-        merged,
-        lora.forward(x, W, A, B, 0.5),
-        lora.forward(x.abs(), W.abs(), A.abs(), B.abs(), 0.5),
-        6,
-        2 * (70 + 4),
-    )
-
-
-# ---- property: the laws
+    sizes = ((9, 70), (33, 70), (4, 70), (33, 4))
+    tensors = [gaussian(*size, dtype=torch.float64, seed=i) for i, size in enumerate(sizes)]
+    x, *factors = tensors
+    merged = x @ lora.merged_weight(*factors, 0.5).T
+    magnitude = lora.forward(*(t.abs() for t in tensors), 0.5)
+    assert_close(merged, lora.forward(*tensors, 0.5), magnitude, 6, 2 * (70 + 4))
 
 
 @dtypes
@@ -195,16 +175,16 @@ def test_an_adapter_with_b_zero_changes_no_bit(
         for leading in LEADING:
             x = laid_out(gaussian(*leading, I, dtype=dtype), layout)
             for bias in (None, gaussian(O, dtype=dtype, seed=1)):
-                y = (
-                    minilora.nf4_linear(x, base, bias)
-                    if isinstance(base, minilora.NF4Weight)
-                    else F.linear(x, base, bias)
-                )
+                y = base_product(x, base, bias)
                 for dropout in (0.0, 0.5):
                     z = minilora.lora_linear(x, base, A, B, 2.0, bias, dropout)
-                    assert torch.equal(z, y), (
-                        f"W {O, I}, x {tuple(x.shape)}, {'no bias' if bias is None else 'bias'}"
-                    )
+                    assert torch.equal(z, y), f"W {O, I}, x {tuple(x.shape)}, bias {bias}"
+
+
+def base_product(x: Tensor, base: Tensor | minilora.NF4Weight, bias: Tensor | None) -> Tensor:
+    if isinstance(base, minilora.NF4Weight):
+        return minilora.nf4_linear(x, base, bias)
+    return F.linear(x, base, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -213,13 +193,13 @@ def test_a_weight_larger_than_the_scratch_is_multiplied_tile_by_tile(
     dtype: torch.dtype, scratch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     O, I = 67, 192
-    # Small integers: every product and every sum is exact, in whatever order and in however many pieces.
+    # Small integers: every product and every sum is exact, in whatever order and in however many
+    # tiles.
     generator = torch.Generator().manual_seed(0)
-    W, x, dy = (
-        torch.randint(-1, 2, size, generator=generator).to(dtype)
-        for size in ((O, I), (5, I), (5, O))
-    )
-    W[:, ::64] = 1  # each block's absmax
+    sizes = ((O, I), (5, I), (5, O))
+    W, x, dy = (torch.randint(-1, 2, size, generator=generator).to(dtype) for size in sizes)
+    # Each block's absmax.
+    W[:, ::64] = 1
     w = minilora.quantize_nf4(W, double_quant=False)
     tiles: list[tuple[Any, ...]] = []
 
@@ -230,33 +210,32 @@ def test_a_weight_larger_than_the_scratch_is_multiplied_tile_by_tile(
     original = nf4.dequantize_tile
     monkeypatch.setattr(nf4, "dequantize_tile", spy)
     monkeypatch.setattr(matmul, "_SCRATCH_BYTES", scratch)
+
     assert torch.equal(minilora.nf4_linear(x, w), x @ W.T)
     forward = len(tiles)
-    dx = torch.ops.minilora.nf4_linear_backward(dy, *w.tensors, w.shape, 64)
+    dx = ops.nf4_linear_backward(dy, w)
     assert torch.equal(dx, dy @ W)
-    rows, columns = (
-        max(1, scratch // (I * dtype.itemsize)),
-        max(1, scratch // (O * 64 * dtype.itemsize)),
-    )
-    assert forward == -(-O // rows) and len(tiles) - forward == -(-(I // 64) // columns)
+    rows = max(1, scratch // (I * dtype.itemsize))
+    columns = max(1, scratch // (O * 64 * dtype.itemsize))
+    assert forward == -(-O // rows)
+    assert len(tiles) - forward == -(-(I // 64) // columns)
 
 
 def test_dropout_acts_on_the_adapters_path_alone_and_keeps_its_mean() -> None:
     draws, p = 4000, 0.25
-    w, A, B = (
-        minilora.quantize_nf4(gaussian(6, 64)),
-        gaussian(3, 64, seed=1).double(),
-        gaussian(6, 3, seed=2).double(),
-    )
+    w = minilora.quantize_nf4(gaussian(6, 64))
+    A, B = gaussian(3, 64, seed=1).double(), gaussian(6, 3, seed=2).double()
     x = gaussian(64, dtype=torch.float64, seed=3).expand(draws, 64)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         y = minilora.lora_linear(x, w, A, B, 0.5, dropout=p)
         torch.manual_seed(0)
         dropped = F.dropout(x.contiguous(), p)
+
     W = w.dequantize(torch.float64)
     size = x.abs() @ W.T.abs() + dropped.abs() @ A.T.abs() @ B.T.abs()
     assert_close(y, x @ W.T + 0.5 * dropped @ A.T @ B.T, size, 6, 2 * (64 + 3))
+
     # The mean of the draws is normal about the mean without dropout: 6 standard errors.
     error = (y.mean(0) - minilora.lora_linear(x[0], w, A, B, 0.5)).abs()
     assert (y.std(0) > 0).all() and (error <= 6 * y.std(0) / draws**0.5).all()
@@ -264,9 +243,6 @@ def test_dropout_acts_on_the_adapters_path_alone_and_keeps_its_mean() -> None:
         lambda x: minilora.lora_linear(x, w, A, 0 * B, 0.5, dropout=p), x[:2]
     )
     assert torch.equal(gradient[0, :, 0], W), "the base's path keeps every element of x"
-
-
-# ---- autocast and errors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -282,13 +258,8 @@ def test_autocast_computes_in_its_dtype_as_linear_does(
         expected = F.linear(x, x.new_ones(33, 128)).dtype
         y, z = minilora.nf4_linear(x, w, bias), minilora.lora_linear(x, w, A, B, 2.0, bias)
         over_dense = minilora.lora_linear(x, w.dequantize(dtype), A, B, 2.0)
-    assert (
-        y.dtype
-        == z.dtype
-        == over_dense.dtype
-        == expected
-        == (torch.float64 if dtype == torch.float64 else to)
-    )
+    assert expected == (torch.float64 if dtype == torch.float64 else to)
+    assert {y.dtype, z.dtype, over_dense.dtype} == {expected}
     assert torch.equal(y, minilora.nf4_linear(x.to(expected), w, bias.to(expected)))
     assert torch.equal(z, minilora.lora_linear(x.to(expected), w, A, B, 2.0, bias.to(expected)))
     (y.sum() + z.sum()).backward()
@@ -326,30 +297,8 @@ def test_an_integer_input_is_refused(autocast: bool) -> None:
             minilora.lora_linear(x, w, torch.ones(2, 64), torch.ones(8, 2), 1.0)
 
 
-# ---- oracle: torch's own AdamW, and torch.compile
-
-
-def test_the_reference_adamw_is_torchs() -> None:
-    p = gaussian(11, 7, dtype=torch.float64)
-    theirs = p.clone().requires_grad_()
-    options = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.3}
-    optimizer = torch.optim.AdamW([theirs], foreach=False, fused=False, **options)  # type: ignore[arg-type]
-    m, v, eps = torch.zeros_like(p), torch.zeros_like(p), 2**-52
-    for t in range(1, 11):
-        grad = gaussian(11, 7, dtype=torch.float64, seed=t)
-        theirs.grad = grad.clone()
-        optimizer.step()
-        p, m, v = adamw.step(p, grad, m, v, t, **options)  # type: ignore[arg-type]
-        state = optimizer.state[theirs]
-        # Some 4 roundings a step in each, of numbers no larger than 5 (the gradients), 25 (their squares), 5 (p).
-        assert (m - state["exp_avg"]).abs().max() <= 8 * t * eps * 5
-        assert (v - state["exp_avg_sq"]).abs().max() <= 8 * t * eps * 25
-        assert (p - theirs).abs().max() <= 8 * t * eps * 5
-
-
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning"
-)  # the compiler's own: torch.jit, and a Function that dynamo traces
+# The compiler's own warnings: of torch.jit, and of a Function that dynamo traces.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compile_takes_the_whole_product_and_keeps_no_dense_weight() -> None:
     w = minilora.quantize_nf4(gaussian(72, 256))
     dy = gaussian(3, 72, seed=2)
@@ -369,7 +318,9 @@ def test_compile_takes_the_whole_product_and_keeps_no_dense_weight() -> None:
     saved.clear()
     found = run(torch.compile(lambda x: minilora.nf4_linear(x, w), fullgraph=True))
     assert all(map(torch.equal, found, expected)), "the same operators"
-    assert w.nbytes <= sum(saved) < 2 * w.numel(), "the packed weight; dense it is 4 bytes a weight"
+    assert max(saved, default=0) <= w.nbytes, "no more than the packed weight"
+    run(lambda x: F.linear(x, w.dequantize()))
+    assert max(saved) >= 4 * w.numel(), "a dense weight that is kept would have been seen"
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -388,10 +339,8 @@ def test_backward_under_an_autocast_that_the_forward_did_not_have(adapter: bool)
 
 def test_a_gradient_of_a_gradient_is_refused_and_not_left_out() -> None:
     w, x = minilora.quantize_nf4(gaussian(33, 128)), gaussian(5, 128).requires_grad_()
-    for y in (
-        minilora.nf4_linear(x, w),
-        minilora.lora_linear(x, w, gaussian(4, 128).requires_grad_(), gaussian(33, 4), 2.0),
-    ):
+    A, B = gaussian(4, 128).requires_grad_(), gaussian(33, 4)
+    for y in (minilora.nf4_linear(x, w), minilora.lora_linear(x, w, A, B, 2.0)):
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             dx.sum().backward()

@@ -1,241 +1,192 @@
-"""NF4 itself: the codebook, the bytes against bitsandbytes, and the Numba room against the plain one, bit for bit."""
+"""4-bit weights: the bytes against bitsandbytes, and the CPU backend against the reference.
 
-import importlib
+Both comparisons are bit for bit.
+"""
+
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from helpers import gaussian, same_bits
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import minilora
 from minilora.kernels.cpu import nf4 as cpu
+from minilora.kernels.reference import codebooks
 from minilora.kernels.reference import nf4 as reference
+from minilora.kernels.reference.nf4 import PackedWeight
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SHAPES = ((1,), (63,), (64,), (65,), (1000,), (4097,), (576, 576), (192, 576), (7, 33))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-rooms = pytest.mark.parametrize("room", [reference, cpu], ids=["reference", "cpu"])
+backends = pytest.mark.parametrize("backend", [reference, cpu], ids=["reference", "cpu"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+LEVELS = codebooks.levels("nf4")
 
 
 @pytest.fixture(scope="module")
 def bnb() -> Iterator[Any]:
     functional = pytest.importorskip(
-        "bitsandbytes.functional", reason="bitsandbytes is the oracle of the bytes"
+        "bitsandbytes.functional", reason="the bytes are compared with bitsandbytes'"
     )
-    with torch.compiler.set_stance("force_eager"):  # it compiles its fallbacks: seconds for nothing
+    # It compiles its fallbacks, which takes seconds and changes nothing here.
+    with torch.compiler.set_stance("force_eager"):
         yield functional
-
-
-def gaussian(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal in dtype, shape and every bit: 0.0 is not -0.0, and a NaN equals itself."""
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
-    return (
-        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(integer), b.view(integer))
-    )
 
 
 def codes(packed: Tensor) -> Tensor:
     return torch.stack([packed >> 4, packed & 15], dim=-1).flatten()
 
 
-# ---- oracle: the codebook, the 8-bit map and the thresholds
+def plain_weight(
+    packed: Tensor, absmax: Tensor, shape: tuple[int, ...], block_size: int = 64
+) -> PackedWeight:
+    """A weight whose absmax is not quantized."""
+    return PackedWeight(packed, absmax, None, None, shape, block_size)
 
 
-def test_derived_codebook_is_the_published_one_to_an_ulp() -> None:
-    # The levels are scaled so that the largest is 1: an ulp of float32 there is 2^-23.
-    published = torch.tensor(reference.NF4, dtype=torch.float64)
-    assert (reference.derive_nf4() - published).abs().max() < 2**-23
-    assert torch.equal(reference.CODE.double(), published), "the digits are float32 numbers"
-
-
-def test_published_digits_follow_bit_for_bit_from_probabilities_in_float32() -> None:
-    def half(levels: int) -> Tensor:
-        p = torch.linspace(0.9677083, 0.5, levels + 1)[
-            :-1
-        ]  # float32, as in the code that made the digits
-        return torch.special.ndtri(p.double()).float()
-
-    levels = torch.cat([-half(7), torch.zeros(1), half(8)]).sort().values
-    assert same(levels / levels.max(), reference.CODE)
-
-
-def test_map8_is_the_dynamic_map_of_bitsandbytes_in_256_ascending_values(bnb: Any) -> None:
-    assert (reference.MAP8.diff() > 0).all() and same(
-        reference.MAP8, bnb.create_dynamic_map(signed=True).float()
-    )
-    assert reference.MAP8.shape == (256,)
-
-
-def test_the_8_bit_map_has_the_same_bits_on_a_processor_without_vector_instructions() -> None:
-    """Or bytes that were quantized on one machine would decode to other weights on another."""
-    code = "from minilora.kernels.reference import nf4; import torch; print(nf4.MAP8.view(torch.int32).tolist())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": "default"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == str(reference.MAP8.view(torch.int32).tolist())
-
-
-@pytest.mark.parametrize("code", [reference.CODE, reference.MAP8], ids=["nf4", "map8"])
-def test_thresholds_are_midpoints_rounded_to_float32(code: Tensor) -> None:
-    # The sum of two neighbours is exact in float64, so this is the midpoint rounded once.
-    assert same(reference.midpoints(code), ((code[:-1].double() + code[1:].double()) / 2).float())
-
-
-@rooms
+@backends
 @pytest.mark.parametrize("scale", [1.0, 2.0**-9], ids=str)
-def test_codes_change_just_above_a_threshold(room: ModuleType, scale: float, bnb: Any) -> None:
-    t = reference.midpoints(reference.CODE)
-    below, above = torch.nextafter(t, torch.tensor(-2.0)), torch.nextafter(t, torch.tensor(2.0))
-    x = (
-        torch.cat([torch.ones(1), t, below, above, torch.zeros(18)]) * scale
-    )  # a power of two: nothing is rounded
+def test_codes_change_just_above_a_threshold(backend: ModuleType, scale: float, bnb: Any) -> None:
+    t = codebooks.midpoints(LEVELS)
+    below = torch.nextafter(t, torch.tensor(-2.0))
+    above = torch.nextafter(t, torch.tensor(2.0))
+    # The scale is a power of two: nothing is rounded.
+    x = torch.cat([torch.ones(1), t, below, above, torch.zeros(18)]) * scale
+    packed, _ = backend.quantize(x, 64)
+
     j = torch.arange(15)
-    packed, _ = room.quantize(x, 64)
     assert codes(packed)[:46].tolist() == [15, *j.tolist(), *j.tolist(), *(j + 1).tolist()]
-    assert same(packed, bnb.quantize_4bit(x, blocksize=64, quant_type="nf4")[0].flatten())
+    expected, _ = bnb.quantize_4bit(x, blocksize=64, quant_type="nf4")
+    assert same_bits(packed, expected.flatten())
 
 
-@rooms
+@backends
 def test_codes_beside_a_threshold_come_from_the_reciprocal_of_absmax(
-    room: ModuleType, bnb: Any
+    backend: ModuleType, bnb: Any
 ) -> None:
-    # x * (1 / absmax) and x / absmax differ in a last bit now and then, and so does the code of an x that lies there.
+    # x * (1 / absmax) and x / absmax differ in the last bit now and then, and so does the code of
+    # an x that lies there.
     absmax = gaussian(2000, 1).abs() + 0.1
-    near = reference.midpoints(reference.CODE).repeat(4) * absmax
+    near = codebooks.midpoints(LEVELS).repeat(4) * absmax
     for step in (15, 30, 45):
         near[:, step:] = torch.nextafter(near[:, step:], torch.tensor(9.0))
     x = torch.cat([absmax, near, torch.zeros(2000, 3)], dim=1)
     assert (x / absmax != x * (1 / absmax)).any()
-    assert same(
-        room.quantize(x, 64)[0], bnb.quantize_4bit(x, blocksize=64, quant_type="nf4")[0].flatten()
-    )
+
+    packed, _ = backend.quantize(x, 64)
+    expected, _ = bnb.quantize_4bit(x, blocksize=64, quant_type="nf4")
+    assert same_bits(packed, expected.flatten())
 
 
-# ---- oracle: bitsandbytes
+# Blocks cross the rows of a weight with 4098 columns.
+SHAPES_AND_BLOCKS = [(shape, 64) for shape in SHAPES]
+SHAPES_AND_BLOCKS += [((3, 4098), size) for size in BLOCK_SIZES]
 
 
-@rooms
+@backends
 @dtypes
-@pytest.mark.parametrize(
-    ("shape", "block_size"),
-    [
-        *((shape, 64) for shape in SHAPES),
-        *(((3, 4098), size) for size in BLOCK_SIZES),
-    ],  # 4098: blocks cross the rows
-    ids=str,
-)
+@pytest.mark.parametrize(("shape", "block_size"), SHAPES_AND_BLOCKS, ids=str)
 def test_bytes_absmax_and_values_equal_bitsandbytes(
-    room: ModuleType, dtype: torch.dtype, shape: tuple[int, ...], block_size: int, bnb: Any
+    backend: ModuleType, dtype: torch.dtype, shape: tuple[int, ...], block_size: int, bnb: Any
 ) -> None:
     x = gaussian(*shape, dtype=dtype)
     expected, state = bnb.quantize_4bit(x, blocksize=block_size, quant_type="nf4")
-    packed, absmax = room.quantize(x, block_size)
-    assert same(packed, expected.flatten()) and same(absmax, state.absmax)
-    dense = room.dequantize(packed, absmax, None, None, shape, dtype, block_size)
-    assert same(
-        dense, bnb.dequantize_4bit(expected, state).view(shape)
-    )  # 1-D comes back from bitsandbytes as [1, n]
+    packed, absmax = backend.quantize(x, block_size)
+    assert same_bits(packed, expected.flatten())
+    assert same_bits(absmax, state.absmax)
+
+    dense = backend.dequantize(plain_weight(packed, absmax, shape, block_size), dtype)
+    # bitsandbytes returns a 1-D weight as [1, n].
+    assert same_bits(dense, bnb.dequantize_4bit(expected, state).view(shape))
 
 
-@rooms
-def test_blocks_of_zeros_equal_bitsandbytes(room: ModuleType, bnb: Any) -> None:
+@backends
+def test_blocks_of_zeros_equal_bitsandbytes(backend: ModuleType, bnb: Any) -> None:
     x = gaussian(5, 64)
     x[1], x[3] = 0.0, -0.0
     expected, state = bnb.quantize_4bit(x, blocksize=64, quant_type="nf4")
-    packed, absmax = room.quantize(x, 64)
-    assert same(packed, expected.flatten()) and same(absmax, state.absmax)
-    assert (codes(packed).view(5, 64)[1] == 7).all() and absmax[1] == 0
-    assert same(
-        room.dequantize(packed, absmax, None, None, (5, 64), torch.float32, 64)[[1, 3]],
-        torch.zeros(2, 64),
-    )
+    packed, absmax = backend.quantize(x, 64)
+    assert same_bits(packed, expected.flatten())
+    assert same_bits(absmax, state.absmax)
+
+    assert (codes(packed).view(5, 64)[1] == 7).all()
+    assert absmax[1] == 0
+    dense = backend.dequantize(plain_weight(packed, absmax, (5, 64)), torch.float32)
+    assert same_bits(dense[[1, 3]], torch.zeros(2, 64))
 
 
-@rooms
+@backends
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 130), (257, 64), (576, 576), (3, 8222)], ids=str)
-def test_a_double_quantized_state_of_bitsandbytes_decodes_to_its_values(
-    room: ModuleType, dtype: torch.dtype, shape: tuple[int, int], bnb: Any
+def test_a_double_quantized_state_of_bitsandbytes_is_dequantized_to_its_values(
+    backend: ModuleType, dtype: torch.dtype, shape: tuple[int, int], bnb: Any
 ) -> None:
     packed, state = bnb.quantize_4bit(
         gaussian(*shape, dtype=dtype), blocksize=64, quant_type="nf4", compress_statistics=True
     )
-    dense = room.dequantize(
-        packed.flatten(), state.absmax, state.state2.absmax, state.offset, shape, dtype, 64
-    )
-    assert same(dense, bnb.dequantize_4bit(packed, state))
+    constants = state.absmax, state.state2.absmax, state.offset
+    dense = backend.dequantize(PackedWeight(packed.flatten(), *constants, shape, 64), dtype)
+    assert same_bits(dense, bnb.dequantize_4bit(packed, state))
 
 
-# ---- oracle: double quantization, exact nearest (bitsandbytes' own table on the CPU is not)
+# Double quantization is held to the exact nearest code: bitsandbytes' CPU build looks codes up in
+# a table of its own, which is not exact.
 
 
-@rooms
+@backends
 @pytest.mark.parametrize("blocks", [1, 255, 256, 257, 5184, 20000])
-def test_double_quantization_rounds_to_the_nearest_of_map8(room: ModuleType, blocks: int) -> None:
+def test_double_quantization_rounds_to_the_nearest_of_map8(
+    backend: ModuleType, blocks: int
+) -> None:
     absmax = gaussian(blocks).abs() + 2.0
-    quantized, absmax2, offset = room.double_quantize(absmax)
-    assert same(offset, torch.tensor(math.fsum(absmax.tolist()) / blocks))
-    edges = reference.midpoints(reference.MAP8)
-    for g, group in enumerate((absmax - offset).split(256)):
-        assert same(absmax2[g], group.abs().max())
-        nearest = (
-            torch.bucketize(group * (1 / absmax2[g]), edges)
-            if absmax2[g] > 0
-            else torch.zeros(len(group))
-        )
-        assert torch.equal(quantized[g * 256 : (g + 1) * 256], nearest.to(torch.uint8))
+    quantized, absmax2, offset = backend.double_quantize(absmax)
+    assert same_bits(offset, torch.tensor(math.fsum(absmax.tolist()) / blocks))
     assert absmax2.shape == (-(-blocks // 256),)
 
-
-@rooms
-def test_double_quantization_codes_change_just_above_a_threshold(room: ModuleType) -> None:
-    edges = reference.midpoints(reference.MAP8)
-    for y in (
-        edges,
-        torch.nextafter(edges, torch.tensor(-2.0)),
-        torch.nextafter(edges, torch.tensor(2.0)),
-    ):
-        absmax = torch.cat(
-            [torch.ones(1), y, -torch.ones(1), -y]
-        )  # two groups, and their mean is 0
-        quantized, _, offset = room.double_quantize(absmax)
-        assert offset == 0 and torch.equal(
-            quantized, (absmax[:, None] > edges).sum(1).to(torch.uint8)
-        )
+    edges = codebooks.midpoints(codebooks.MAP8)
+    for g, group in enumerate((absmax - offset).split(256)):
+        assert same_bits(absmax2[g], group.abs().max())
+        nearest = torch.zeros(len(group))
+        if absmax2[g] > 0:
+            nearest = torch.bucketize(group * (1 / absmax2[g]), edges)
+        assert torch.equal(quantized[g * 256 : (g + 1) * 256], nearest.to(torch.uint8))
 
 
-@rooms
+@backends
+def test_double_quantization_codes_change_just_above_a_threshold(backend: ModuleType) -> None:
+    edges = codebooks.midpoints(codebooks.MAP8)
+    below = torch.nextafter(edges, torch.tensor(-2.0))
+    above = torch.nextafter(edges, torch.tensor(2.0))
+    for y in (edges, below, above):
+        # Two groups, and their mean is 0.
+        absmax = torch.cat([torch.ones(1), y, -torch.ones(1), -y])
+        quantized, _, offset = backend.double_quantize(absmax)
+        assert offset == 0
+        assert torch.equal(quantized, (absmax[:, None] > edges).sum(1).to(torch.uint8))
+
+
+@backends
 @pytest.mark.parametrize(
     "beside", [[0.7, 0.7], [0.2, 1.2]], ids=["everywhere equal", "beside another group"]
 )
-def test_a_group_of_equal_absmax_has_code_0_and_decodes_to_the_offset(
-    room: ModuleType, beside: list[float]
+def test_a_group_of_equal_absmax_has_code_0_and_is_dequantized_to_the_offset(
+    backend: ModuleType, beside: list[float]
 ) -> None:
     absmax = torch.full((512,), 0.7)
-    absmax[256:] = torch.tensor(beside).repeat(128)  # the mean stays 0.7
-    quantized, absmax2, offset = room.double_quantize(absmax)
-    assert absmax2[0] == 0 and (quantized[:256] == 0).all() and same(offset, torch.tensor(0.7))
-    assert same(room.double_dequantize(quantized, absmax2, offset)[:256], absmax[:256])
-
-
-# ---- property: the rooms agree
+    # The mean stays 0.7.
+    absmax[256:] = torch.tensor(beside).repeat(128)
+    quantized, absmax2, offset = backend.double_quantize(absmax)
+    assert absmax2[0] == 0
+    assert (quantized[:256] == 0).all()
+    assert same_bits(offset, torch.tensor(0.7))
+    assert same_bits(backend.double_dequantize(quantized, absmax2, offset)[:256], absmax[:256])
 
 
 def scaled(n: int, dtype: torch.dtype, exponent: int, zeros: float, seed: int) -> Tensor:
@@ -256,19 +207,16 @@ weights = st.builds(
 )
 
 
-def assert_rooms_agree(x: Tensor, block_size: int, dtype: torch.dtype) -> None:
+def assert_backends_agree(x: Tensor, block_size: int, dtype: torch.dtype) -> None:
     packed, absmax = reference.quantize(x, block_size)
-    for a, b in zip((packed, absmax), cpu.quantize(x, block_size), strict=True):
-        assert same(a, b)
+    assert same_bits(cpu.quantize(x, block_size), (packed, absmax))
     double = reference.double_quantize(absmax)
-    for a, b in zip(double, cpu.double_quantize(absmax), strict=True):
-        assert same(a, b)
-    assert same(reference.double_dequantize(*double), cpu.double_dequantize(*double))
-    for record in ((absmax, None, None), double):
-        layout = x.shape, dtype, block_size
-        assert same(
-            reference.dequantize(packed, *record, *layout), cpu.dequantize(packed, *record, *layout)
-        )
+    assert same_bits(cpu.double_quantize(absmax), double)
+    assert same_bits(cpu.double_dequantize(*double), reference.double_dequantize(*double))
+
+    for constants in ((absmax, None, None), double):
+        w = PackedWeight(packed, *constants, tuple(x.shape), block_size)
+        assert same_bits(cpu.dequantize(w, dtype), reference.dequantize(w, dtype))
 
 
 @settings(max_examples=400)
@@ -277,8 +225,10 @@ def assert_rooms_agree(x: Tensor, block_size: int, dtype: torch.dtype) -> None:
     block_size=st.sampled_from(BLOCK_SIZES),
     dtype=st.sampled_from([*DTYPES, torch.float64]),
 )
-def test_cpu_room_equals_reference_room(x: Tensor, block_size: int, dtype: torch.dtype) -> None:
-    assert_rooms_agree(x, block_size, dtype)
+def test_cpu_backend_equals_reference_backend(
+    x: Tensor, block_size: int, dtype: torch.dtype
+) -> None:
+    assert_backends_agree(x, block_size, dtype)
 
 
 @settings(max_examples=60)
@@ -288,43 +238,42 @@ def test_cpu_room_equals_reference_room(x: Tensor, block_size: int, dtype: torch
     exponent=st.integers(-149, -120),
     seed=st.integers(0, 99),
 )
-def test_rooms_agree_and_zero_stays_zero_where_float32_is_subnormal(
+def test_backends_agree_and_zero_stays_zero_where_float32_is_subnormal(
     n: int, block_size: int, exponent: int, seed: int
 ) -> None:
     x = gaussian(n, seed=seed) * 2.0**exponent
     x[::3] = 0
-    assert_rooms_agree(x, block_size, torch.float32)
-    dense = reference.dequantize(
-        *reference.quantize(x, block_size), None, None, x.shape, x.dtype, block_size
-    )
-    assert (dense[::3] == 0).all()
-
-
-# ---- property: the laws
+    assert_backends_agree(x, block_size, torch.float32)
+    w = plain_weight(*reference.quantize(x, block_size), tuple(x.shape), block_size)
+    assert (reference.dequantize(w, x.dtype)[::3] == 0).all()
 
 
 @settings(max_examples=200)
 @given(x=weights, block_size=st.sampled_from(BLOCK_SIZES))
 def test_quantizing_a_dequantized_weight_changes_nothing(x: Tensor, block_size: int) -> None:
     w = minilora.quantize_nf4(x, block_size, double_quant=False)
-    # The smallest level is 0.08 absmax: a normal number of the dtype, or its rounding can reach the next level.
+    # The smallest level is 0.08 absmax: a normal number of the dtype, or its rounding can reach
+    # the next level.
     assume((w.absmax[w.absmax > 0] > torch.finfo(x.dtype).tiny / 0.07).all())
-    assert same(
-        minilora.quantize_nf4(w.dequantize(), block_size, double_quant=False).dequantize(),
-        w.dequantize(),
-    )
+    dense = w.dequantize()
+    again = minilora.quantize_nf4(dense, block_size, double_quant=False)
+    assert same_bits(again.dequantize(), dense)
 
 
-@rooms
+@backends
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("block_size", [32, 512])
-def test_every_byte_decodes(room: ModuleType, dtype: torch.dtype, block_size: int) -> None:
-    absmax = torch.full((512 // block_size,), 1 + 2**-8)  # -1 and 1 times this are ties in bfloat16
-    dense = room.dequantize(
-        torch.arange(256).to(torch.uint8), absmax, None, None, (256, 2), dtype, block_size
-    )
-    level = torch.tensor([level * (1 + 2**-8) for level in reference.NF4]).to(dtype)
-    assert same(dense, torch.stack([level.repeat_interleave(16), level.repeat(16)], dim=1))
+def test_every_byte_is_dequantized(
+    backend: ModuleType, dtype: torch.dtype, block_size: int
+) -> None:
+    # -1 and 1 times this absmax are ties in bfloat16.
+    absmax = torch.full((512 // block_size,), 1 + 2**-8)
+    every_byte = torch.arange(256).to(torch.uint8)
+    dense = backend.dequantize(plain_weight(every_byte, absmax, (256, 2), block_size), dtype)
+
+    levels = torch.tensor([level * (1 + 2**-8) for level in codebooks.NF4]).to(dtype)
+    expected = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
+    assert same_bits(dense, expected)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5, 7), (2, 3, 65), (64, 300), (273, 1)], ids=str)
@@ -335,14 +284,16 @@ def test_any_shape_comes_back_and_nbytes_are_the_formula(
 ) -> None:
     x = gaussian(*shape, dtype=torch.bfloat16)
     w = minilora.quantize_nf4(x, block_size, double_quant)
-    assert w.shape == x.shape and w.dtype == x.dtype and w.dequantize().shape == x.shape
-    nf4_bytes = importlib.import_module(
-        "minilora.reports.planning"
-    ).nf4_bytes  # `minilora.plan` itself is the function
-    assert w.nbytes == nf4_bytes(x.numel(), block_size, double_quant)
+    assert (w.shape, w.dtype) == (x.shape, x.dtype)
+    assert w.dequantize().shape == x.shape
+
+    packed = -(-x.numel() // 2)
+    blocks = -(-x.numel() // block_size)
+    constants = blocks + 4 * -(-blocks // 256) + 4 if double_quant else 4 * blocks
+    assert w.nbytes == packed + constants
 
 
-def test_a_square_of_4096_takes_4_127_bits_a_weight_and_4_5_without_double_quantization() -> None:
+def test_a_square_of_4096_takes_4_127_bits_per_weight_and_4_5_without_double_quantization() -> None:
     x = torch.zeros(4096, 4096, dtype=torch.bfloat16)
     assert round(minilora.quantize_nf4(x).nbytes * 8 / x.numel(), 3) == 4.127
     assert minilora.quantize_nf4(x, double_quant=False).nbytes * 8 / x.numel() == 4.5
@@ -350,52 +301,67 @@ def test_a_square_of_4096_takes_4_127_bits_a_weight_and_4_5_without_double_quant
 
 def test_a_transposed_weight_is_quantized_in_its_own_order() -> None:
     x = gaussian(65, 33).T
-    a, b = minilora.quantize_nf4(x), minilora.quantize_nf4(x.contiguous())
-    assert (
-        same(a.packed, b.packed)
-        and same(reference.quantize(x, 64)[0], a.packed)
-        and a.shape == (33, 65)
-    )
+    w = minilora.quantize_nf4(x)
+    assert same_bits(w.packed, minilora.quantize_nf4(x.contiguous()).packed)
+    assert same_bits(w.packed, reference.quantize(x, 64)[0])
+    assert w.shape == (33, 65)
 
 
-# ---- errors
+ONES = torch.ones(64)
+BLOCK_SIZES_REFUSED = (0, -64, 16, 63, 96, 8192)
 
-ones, quantize, dequantize = torch.ones(64), minilora.quantize_nf4, minilora.dequantize_nf4
+
+@pytest.mark.parametrize(
+    ("weight", "error", "words"),
+    [
+        (ONES.long(), TypeError, "int64"),
+        (ONES.bool(), TypeError, "bool"),
+        ([1.0, 2.0], TypeError, "list"),
+        (torch.ones(0, 64), ValueError, r"\(0, 64\)"),
+        (ONES.to("meta"), ValueError, "meta"),
+        (ONES * math.nan, ValueError, "NaN"),
+        (torch.tensor([1.0, math.inf], dtype=torch.bfloat16), ValueError, "infinity"),
+        (torch.tensor([1.0, -math.inf], dtype=torch.float16), ValueError, "infinity"),
+        # In float32 it is infinity.
+        (torch.tensor([1e300], dtype=torch.float64), ValueError, "infinity"),
+    ],
+)
+def test_a_weight_that_cannot_be_quantized_is_refused_by_name(
+    weight: Any, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        minilora.quantize_nf4(weight)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: quantize(ones.long()), TypeError, "int64"),
-        (lambda: quantize(ones.bool()), TypeError, "bool"),
-        (lambda: quantize([1.0, 2.0]), TypeError, "list"),  # type: ignore[arg-type]
-        (lambda: quantize(torch.ones(0, 64)), ValueError, r"\(0, 64\)"),
-        (lambda: quantize(ones.to("meta")), ValueError, "meta"),
-        (lambda: quantize(ones * math.nan), ValueError, "NaN"),
-        (
-            lambda: quantize(torch.tensor([1.0, math.inf], dtype=torch.bfloat16)),
-            ValueError,
-            "infinity",
-        ),
-        (
-            lambda: quantize(torch.tensor([1.0, -math.inf], dtype=torch.float16)),
-            ValueError,
-            "infinity",
-        ),
-        (
-            lambda: quantize(torch.tensor([1e300], dtype=torch.float64)),
-            ValueError,
-            "infinity",
-        ),  # it is, in float32
         *(
-            (lambda size=size: quantize(ones, size), ValueError, f"block_size={size}.*64")
-            for size in (0, -64, 16, 63, 96, 8192)
+            (
+                lambda size=size: minilora.quantize_nf4(ONES, size),
+                ValueError,
+                f"block_size={size}.*64",
+            )
+            for size in BLOCK_SIZES_REFUSED
         ),
-        (lambda: dequantize(quantize(ones), torch.uint8), TypeError, "uint8"),
-        (lambda: dequantize(quantize(ones), torch.complex64), TypeError, "complex64"),
+        (
+            lambda: minilora.quantize_nf4(ONES, quant_type="fp4"),
+            ValueError,
+            "quant_type='fp4'.*'nf4'",
+        ),
+        (
+            lambda: minilora.dequantize_nf4(minilora.quantize_nf4(ONES), torch.uint8),
+            TypeError,
+            "uint8",
+        ),
+        (
+            lambda: minilora.dequantize_nf4(minilora.quantize_nf4(ONES), torch.complex64),
+            TypeError,
+            "complex64",
+        ),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(
+def test_an_unknown_format_is_refused_by_name(
     call: Callable[[], Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):

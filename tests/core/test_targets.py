@@ -1,4 +1,7 @@
-"""Which layers a call means: names, dotted ends, patterns, callables and exclusions, and what is said when nothing fits."""
+"""Which layers a call means: names, dotted ends, patterns, callables and exclusions.
+
+And what is said when nothing matches.
+"""
 
 import re
 from typing import Any
@@ -7,16 +10,15 @@ import pytest
 from torch import nn
 
 import minilora
-from minilora.surgery import adapters
+from minilora.targets import adapted_layers
 
 
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "out": nn.Linear(8, 8)})
-        self.mlp = nn.ModuleDict(
-            {"up": nn.Linear(8, 12), "out": nn.Linear(12, 8), "norm": nn.LayerNorm(8)}
-        )
+        layers = {"up": nn.Linear(8, 12), "out": nn.Linear(12, 8), "norm": nn.LayerNorm(8)}
+        self.mlp = nn.ModuleDict(layers)
 
 
 class Model(nn.Module):
@@ -60,7 +62,7 @@ def both(*names: str) -> set[str]:
         ),
         ({"targets": "out", "exclude": ["mlp.out"]}, both("attention.out")),
         ({"exclude": ("q_proj", "out", "lm_head")}, both("mlp.up")),
-        # the default exclude speaks for "all-linear" alone: who names the head means it
+        # The default exclude applies to "all-linear" alone: whoever names the head means it.
         ({"targets": "lm_head"}, {"lm_head"}),
         ({"targets": ["up", "lm_head"]}, both("mlp.up") | {"lm_head"}),
         ({"targets": lambda name, module: True}, EVERY | {"lm_head"}),
@@ -70,12 +72,10 @@ def both(*names: str) -> set[str]:
 def test_targets_mean_these_layers(arguments: dict[str, Any], expected: set[str]) -> None:
     model = Model()
     minilora.inject(model, r=2, **arguments)
-    assert set(adapters(model)) == expected
+    assert set(adapted_layers(model)) == expected
     quantized = minilora.quantize(Model(), **arguments)
-    assert {
-        n for n, m in quantized.named_modules() if isinstance(m, minilora.NF4Linear)
-    } == expected
-    assert {row.name for row in minilora.plan(Model(), r=2, **arguments).rows} == expected
+    modules = quantized.named_modules()
+    assert {n for n, m in modules if isinstance(m, minilora.NF4Linear)} == expected
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,8 @@ def test_targets_mean_these_layers(arguments: dict[str, Any], expected: set[str]
             ["'dwn' matches no", "'qproj' matches no", "'q_proj'"],
         ),
         ({"targets": "self.out"}, ["'self.out' matches no"]),
-        ({"targets": "proj"}, ["'proj' matches no", "q_proj"]),  # an end of a part is no dotted end
+        # The end of a part is no dotted end.
+        ({"targets": "proj"}, ["'proj' matches no", "q_proj"]),
         (
             {"targets": "embed"},
             ["'embed' matches no linear layer", "'embed' is a Embedding, not an nn.Linear"],
@@ -104,7 +105,7 @@ def test_targets_mean_these_layers(arguments: dict[str, Any], expected: set[str]
         ({"targets": "up", "exclude": ["up"]}, ["'up' matches no linear layer", "exclude=('up',)"]),
     ],
 )
-@pytest.mark.parametrize("call", [minilora.inject, minilora.quantize, minilora.plan])
+@pytest.mark.parametrize("call", [minilora.inject, minilora.quantize])
 def test_a_target_that_matches_nothing_says_what_there_is(
     call: Any, arguments: dict[str, Any], messages: list[str]
 ) -> None:
@@ -112,9 +113,11 @@ def test_a_target_that_matches_nothing_says_what_there_is(
     keys = list(model.state_dict())
     with pytest.raises(ValueError, match="matches no linear layer") as error:
         call(model, **arguments)
-    for message in [*messages, "Linear layers here: out (4), q_proj (2), up (2), lm_head (1)"]:
+    there = "Linear layers in the model: out (4), q_proj (2), up (2), lm_head (1)"
+    for message in [*messages, there]:
         assert message in str(error.value)
-    assert list(model.state_dict()) == keys and all(p.requires_grad for p in model.parameters())
+    assert list(model.state_dict()) == keys
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_model_that_is_one_linear_layer_has_no_place_for_an_adapter() -> None:
@@ -123,5 +126,5 @@ def test_a_model_that_is_one_linear_layer_has_no_place_for_an_adapter() -> None:
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="Linear layers here: none"):
+    with pytest.raises(ValueError, match="Linear layers in the model: none"):
         minilora.inject(nn.Sequential(nn.LayerNorm(3)), r=1)

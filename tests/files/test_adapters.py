@@ -1,4 +1,4 @@
-"""save_adapter and load_adapter: what comes back is what was saved, to the bit; and what does not fit is refused by name."""
+"""save_adapter and load_adapter: a round trip is bit-identical, and misfits are refused by name."""
 
 import json
 from collections import OrderedDict
@@ -8,15 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_files import (
+    CONFIG,
+    WEIGHTS,
+    adapters_of,
+    attach_sizes,
+    contents,
+    nested,
+    randomize,
+)
+from helpers import same_bits, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import minilora
-from minilora.files.tensors import read_tensors
-from minilora.surgery import AdapterSpec, adapters, attach
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from minilora.targets import adapter_names
 
 
 def mlp(
@@ -34,31 +41,6 @@ def mlp(
     return minilora.quantize(model, exclude=["head"]) if quantized else model
 
 
-def trained(model: nn.Module, seed: int = 1) -> nn.Module:
-    """What training leaves: every trainable parameter somewhere else."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in minilora.adapter_parameters(model):
-            p.copy_(torch.randn(p.shape, generator=generator))
-    return model
-
-
-def snapshot(model: nn.Module) -> list[Any]:
-    """Modules by identity, parameters by identity, value (their version counter) and requires_grad."""
-    modules = [(n, id(m), type(m)) for n, m in model.named_modules()]
-    parameters = [
-        (n, id(p), p.requires_grad, p._version)
-        for n, p in model.named_parameters(remove_duplicate=False)
-    ]
-    return [modules, parameters, list(model.state_dict())]
-
-
-def contents(folder: Path) -> tuple[bytes, dict[str, str], dict[str, Tensor]]:
-    """Config, metadata (whose order in the file is safetensors' own, and random) and tensors."""
-    tensors, metadata = read_tensors(folder / WEIGHTS)
-    return (folder / CONFIG).read_bytes(), metadata, tensors
-
-
 def assert_same_files(one: Path, other: Path) -> None:
     *texts, found = contents(one)
     *expected_texts, expected = contents(other)
@@ -67,10 +49,7 @@ def assert_same_files(one: Path, other: Path) -> None:
 
 
 def saved(path: Path, r: int = 3, **arguments: Any) -> Path:
-    return minilora.save_adapter(trained(minilora.inject(mlp(), r=r, **arguments)), path)
-
-
-# ---- round trips
+    return minilora.save_adapter(randomize(minilora.inject(mlp(), r=r, **arguments)), path)
 
 
 @given(
@@ -93,37 +72,83 @@ def test_an_adapter_round_trips_bit_for_bit(
     dtype: torch.dtype,
     quantized: bool,
 ) -> None:
-    model = mlp(dtype, quantized=quantized)
-    trained(
-        minilora.inject(
-            model, r, alpha=alpha, dropout=dropout, targets=targets, train_also=also, name="mine"
-        )
-    ).eval()
+    def base() -> nn.Sequential:
+        return mlp(dtype, quantized=quantized)
+
+    options = {"alpha": alpha, "dropout": dropout, "train_also": also}
+    model = minilora.inject(base(), r, targets=targets, name="mine", **options)
+    randomize(model).eval()
     path = minilora.save_adapter(model, tmp_path / "a")
-    assert path == tmp_path / "a" and sorted(p.name for p in path.iterdir()) == [CONFIG, WEIGHTS]
-    injected = minilora.inject(mlp(dtype, quantized=quantized), r, targets=targets, seed=5)
-    for fresh in (mlp(dtype, quantized=quantized), injected):
-        assert minilora.load_adapter(fresh.eval(), path) is fresh
-        found, expected = fresh.state_dict(), model.state_dict()
-        assert list(found) == list(expected)
-        assert all(
-            found[k].dtype == v.dtype and torch.equal(found[k], v) for k, v in expected.items()
-        )
-        assert torch.equal(fresh(x := torch.randn(4, 10, dtype=dtype)), model(x))
-        for name, layer in adapters(fresh).items():
-            was = adapters(model)[name]
-            assert (layer.r, layer.alpha, layer.scale, layer.dropout) == (
-                was.r,
-                was.alpha,
-                was.scale,
-                was.dropout,
-            )
-            assert layer.adapter_name == "mine"
-        if fresh is not injected:
-            assert [p.requires_grad for p in fresh.parameters()] == [
-                p.requires_grad for p in model.parameters()
-            ]
-            assert_same_files(minilora.save_adapter(fresh, tmp_path / "b"), path)
+    assert path == tmp_path / "a"
+    assert sorted(p.name for p in path.iterdir()) == [CONFIG, WEIGHTS]
+
+    fresh = minilora.load_adapter(base().eval(), path)
+    assert_same_model(fresh, model, dtype)
+    trainable = [p.requires_grad for p in model.parameters()]
+    assert [p.requires_grad for p in fresh.parameters()] == trainable
+    assert_same_files(minilora.save_adapter(fresh, tmp_path / "b"), path)
+
+    injected = minilora.inject(base(), r, targets=targets, name="mine", seed=5).eval()
+    assert minilora.load_adapter(injected, path) is injected
+    assert_same_model(injected, model, dtype)
+
+
+def assert_same_model(found: nn.Module, expected: nn.Module, dtype: torch.dtype) -> None:
+    """The same parameters, function and adapters, bit for bit."""
+    state, expected_state = found.state_dict(), expected.state_dict()
+    assert list(state) == list(expected_state)
+    assert all(same_bits(state[key], value) for key, value in expected_state.items())
+
+    x = torch.randn(4, 10, dtype=dtype)
+    assert torch.equal(found(x), expected(x))
+
+    configs, expected_configs = (
+        {name: adapter.config() for name, adapter in adapters_of(model, "mine").items()}
+        for model in (found, expected)
+    )
+    assert configs and configs == expected_configs
+
+
+def test_an_adapter_is_loaded_under_another_name_if_asked_for(tmp_path: Path) -> None:
+    path = saved(tmp_path, name="mine")
+    assert adapter_names(minilora.load_adapter(mlp(), path)) == ["mine"]
+    assert adapter_names(minilora.load_adapter(mlp(), path, "yours")) == ["yours"]
+
+
+def test_a_name_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    model = minilora.inject(mlp(), r=3, name="mine")
+    with pytest.raises(ValueError, match="no adapter 'yours'; it has 'mine'"):
+        minilora.save_adapter(model, tmp_path / "a", "yours")
+    with pytest.raises(ValueError, match="the model has no adapter"):
+        minilora.save_adapter(mlp(), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_two_adapters_of_one_model_are_saved_and_loaded_one_by_one(tmp_path: Path) -> None:
+    model = mlp()
+    for seed, (name, options) in enumerate({"a": {"r": 3}, "b": {"r": 2, "alpha": 1.0}}.items()):
+        minilora.inject(model, name=name, targets=["up", "down"], **options)
+        randomize(model, seed)
+        minilora.save_adapter(model, tmp_path / name, name)
+    with pytest.raises(ValueError, match="several adapters, 'a', 'b': say which with name="):
+        minilora.save_adapter(model, tmp_path / "c")
+
+    x = torch.randn(4, 10)
+    both = minilora.load_adapter(minilora.load_adapter(mlp(), tmp_path / "a"), tmp_path / "b")
+    for name in ("a", "b"):
+        alone = minilora.load_adapter(mlp(), tmp_path / name)
+        assert torch.equal(minilora.use(both, name)(x), alone(x))
+        assert torch.equal(minilora.use(model, name)(x), alone(x))
+        assert_same_files(minilora.save_adapter(both, tmp_path / "again", name), tmp_path / name)
+
+
+def test_parameters_trained_as_a_whole_belong_to_a_single_adapter(tmp_path: Path) -> None:
+    path = saved(tmp_path, train_also=["norm"], name="mine")
+    model = minilora.inject(mlp(), r=3)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="trained as a whole belong to a single adapter"):
+        minilora.load_adapter(model, path)
+    assert snapshot(model) == before
 
 
 def test_a_trained_parameter_of_the_model_itself_round_trips(tmp_path: Path) -> None:
@@ -135,16 +160,9 @@ def test_a_trained_parameter_of_the_model_itself_round_trips(tmp_path: Path) -> 
         def forward(self, x: Tensor) -> Tensor:
             return self.gain * self.linear(x)
 
-    model = trained(minilora.inject(Scaled(), r=2, train_also=["gain"]))
+    model = randomize(minilora.inject(Scaled(), r=2, train_also=["gain"]))
     fresh = minilora.load_adapter(Scaled(), minilora.save_adapter(model, tmp_path))
     assert torch.equal(fresh.gain, model.gain) and fresh.gain.requires_grad  # type: ignore[arg-type]
-
-
-def nested() -> nn.ModuleDict:
-    """Names that are ends of one another: "up", "a.up", "a.a.up"."""
-    deep = nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)})
-    middle = nn.ModuleDict({"a": deep, "up": nn.Linear(8, 8), "down": nn.Linear(8, 8)})
-    return nn.ModuleDict({"a": middle, "up": nn.Linear(8, 8)})
 
 
 @given(
@@ -152,18 +170,15 @@ def nested() -> nn.ModuleDict:
 )
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_layer_gets_its_own_rank_and_alpha_back(
-    tmp_path: Path, specs: list[tuple[int, float]]
+    tmp_path: Path, sizes: list[tuple[int, float]]
 ) -> None:
     names = ["a.a.up", "a.a.down", "a.up", "a.down", "up"]
-    chosen = {n: AdapterSpec(r, alpha) for n, (r, alpha) in zip(names, specs, strict=True)}
-    path = minilora.save_adapter(trained(attach(nested(), chosen)), tmp_path)
-    fresh = minilora.load_adapter(nested(), path)
-    assert {n: (layer.r, layer.alpha) for n, layer in adapters(fresh).items()} == {
-        n: (s.r, s.alpha) for n, s in chosen.items()
-    }
+    expected = dict(zip(names, sizes, strict=True))
+    model = randomize(attach_sizes(nested(), expected))
 
-
-# ---- prefixes
+    fresh = minilora.load_adapter(nested(), minilora.save_adapter(model, tmp_path))
+    found = adapters_of(fresh)
+    assert {path: (adapter.r, adapter.alpha) for path, adapter in found.items()} == expected
 
 
 class Wrapper(nn.Module):
@@ -194,15 +209,14 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
-)  # torch.compile's own imports
+# torch.compile's own imports
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("kind", WRAPPERS)
-def test_what_is_put_round_a_model_is_not_saved_and_does_not_matter_on_load(
+def test_wrappers_around_a_model_are_not_saved_and_do_not_matter_on_load(
     kind: str, tmp_path: Path
 ) -> None:
     def adapted() -> Any:
-        return trained(minilora.inject(mlp(), r=3, train_also=["norm"], targets=["up", "down"]))
+        return randomize(minilora.inject(mlp(), r=3, train_also=["norm"], targets=["up", "down"]))
 
     plain, wrapped = minilora.save_adapter(adapted(), tmp_path / "plain"), tmp_path / "wrapped"
     minilora.save_adapter(WRAPPERS[kind](adapted()), wrapped)
@@ -214,9 +228,6 @@ def test_what_is_put_round_a_model_is_not_saved_and_does_not_matter_on_load(
         torch.equal(a, b) for a, b in zip(inner.state_dict().values(), expected, strict=True)
     )
     assert len([p for p in inner.parameters() if p.requires_grad]) == 6
-
-
-# ---- what does not fit
 
 
 Refused = dict[str, tuple[Callable[[], nn.Module], list[str]]]
@@ -271,7 +282,7 @@ def test_only_the_first_mismatches_are_named_and_the_rest_counted(tmp_path: Path
     def many() -> nn.Sequential:
         return nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)))
 
-    path = minilora.save_adapter(trained(minilora.inject(many(), r=1)), tmp_path)
+    path = minilora.save_adapter(randomize(minilora.inject(many(), r=1)), tmp_path)
     with pytest.raises(ValueError, match=r"layer 0;.*layer 4; and 3 more$"):
         minilora.load_adapter(nn.Sequential(*(nn.ReLU() for _ in range(8)), nn.Linear(4, 4)), path)
 
@@ -282,10 +293,11 @@ def test_an_adapter_that_was_never_trained_is_refused_unless_asked_for(tmp_path:
     with pytest.raises(ValueError, match=r"every B in .* is zero.*allow_zero=True"):
         minilora.load_adapter(model, path)
     assert snapshot(model) == before
-    assert len(adapters(minilora.load_adapter(model, path, allow_zero=True))) == 3
+    assert len(adapters_of(minilora.load_adapter(model, path, allow_zero=True))) == 3
+
     one = minilora.inject(mlp(), r=3)
-    one.inner.head.lora_B.data[0, 0] = 1e-30
-    assert adapters(minilora.load_adapter(mlp(), minilora.save_adapter(one, tmp_path)))
+    adapters_of(one)["inner.head"].B.data[0, 0] = 1e-30
+    assert minilora.load_adapter(mlp(), minilora.save_adapter(one, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -307,7 +319,7 @@ def test_a_missing_file_is_named(missing: str, tmp_path: Path) -> None:
     path, model = saved(tmp_path), mlp()
     (path / missing).unlink()
     before = snapshot(model)
-    with pytest.raises(FileNotFoundError, match=f"{missing} is not there"):
+    with pytest.raises(FileNotFoundError, match=f"{missing} does not exist"):
         minilora.load_adapter(model, path)
     with pytest.raises(FileNotFoundError):
         minilora.load_adapter(model, tmp_path / "nowhere")
@@ -317,15 +329,13 @@ def test_a_missing_file_is_named(missing: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "peft_type"),
         ("{}", "peft_type is None"),
         ('{"peft_type": "LORA", "use_dora": true}', "use_dora=True"),
     ],
 )
-def test_a_config_that_says_nothing_is_refused_by_name(
-    text: str, message: str, tmp_path: Path
-) -> None:
+def test_an_invalid_config_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
     path = saved(tmp_path)
     (path / CONFIG).write_text(text)
     with pytest.raises(ValueError, match=message) as error:
@@ -343,5 +353,29 @@ def test_a_file_with_half_an_adapter_is_refused(drop: str, tmp_path: Path) -> No
         {k: v for k, v in tensors.items() if not (drop in k and ("up" in k or drop == ".lora_"))},
         path / WEIGHTS,
     )
-    with pytest.raises(ValueError, match="is no LoRA adapter"):
+    with pytest.raises(ValueError, match="is not a LoRA adapter"):
         minilora.load_adapter(mlp(), path)
+
+
+class Shared(nn.Module):
+    """One layer under two parents, at two depths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.Linear(12, 12)
+        self.inner = nn.Sequential(layer, nn.Tanh())
+        self.outer = layer
+        self.last = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.outer(self.inner(x)))
+        return y
+
+
+def test_an_adapter_on_a_shared_layer_round_trips(tmp_path: Path) -> None:
+    model, x = randomize(minilora.inject(Shared(), r=2)), torch.randn(3, 12)
+    path = minilora.save_adapter(model, tmp_path / "adapter")
+    fresh = minilora.load_adapter(Shared(), path)
+    assert fresh.outer is fresh.inner[0]
+    assert torch.equal(fresh(x), model(x))

@@ -1,4 +1,7 @@
-"""The repaired interpreter of interpreter.py against PyTorch: the tests of kernels are worth what this is worth."""
+"""Triton's interpreter as repaired by interpreter.py, against PyTorch.
+
+The interpreted tests of the kernels are worth what this is worth.
+"""
 
 import os
 from typing import Any
@@ -15,21 +18,20 @@ if os.environ["TRITON_INTERPRET"] != "1":
     )
 
 import triton.language as tl  # noqa: E402
-from interpreter import narrow, prmt, repair, run_ptx, widen  # noqa: E402
+from interpreter import narrow, repair, widen  # noqa: E402
+from ptx import prmt, run_ptx  # noqa: E402
 
 repair()
 
-EVERY = (
-    torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-)  # all 65,536 bfloat16 numbers
+# All 65,536 bfloat16 numbers.
+EVERY = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 NUMBERS = EVERY[~EVERY.isnan()]
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal bits, but any NaN equals any NaN."""
-    return a.dtype == b.dtype and bool(
-        ((a.view(torch.int16) == b.view(torch.int16)) | (a.isnan() & b.isnan())).all()
-    )
+    """Equal bits, except that any NaN equals any NaN."""
+    equal = a.view(torch.int16) == b.view(torch.int16)
+    return a.dtype == b.dtype and bool((equal | (a.isnan() & b.isnan())).all())
 
 
 @triton.jit
@@ -75,10 +77,8 @@ def test_arithmetic_on_every_bfloat16_number_rounds_as_pytorch_does(name: str) -
         found, wide = torch.empty_like(EVERY), torch.empty(EVERY.numel())
         elementwise[(4,)](EVERY, y, found, wide, EVERY.numel(), OP=name, SIZE=2**14)
         expected = OPERATIONS[name](EVERY, y)
-        if name in (
-            "max",
-            "neg",
-        ):  # versions differ in what a NaN does to a maximum, and in whether -0.0 is 0.0
+        if name in ("max", "neg"):
+            # Versions differ in what a NaN does to a maximum, and in whether -0.0 is 0.0.
             number = ~(EVERY.isnan() | y.isnan())
             assert torch.equal(found[number], expected[number])
         else:
@@ -88,22 +88,13 @@ def test_arithmetic_on_every_bfloat16_number_rounds_as_pytorch_does(name: str) -
 
 def test_casts_to_bfloat16_round_to_nearest_even() -> None:
     upper = torch.arange(2**16, dtype=torch.int64) << 16
-    for lower in (
-        0x0000,
-        0x0001,
-        0x7FFF,
-        0x8000,
-        0x8001,
-        0xFFFF,
-    ):  # below, on and above the middle between two of them
+    # Below, on and above the middle between two of them.
+    for lower in (0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         x = (upper | lower).to(torch.int32).view(torch.float32)
         bits = torch.from_numpy(narrow(x.numpy()).view(np.int16))
         assert same(bits.view(torch.bfloat16), x.bfloat16())
-    assert np.array_equal(
-        widen(EVERY.view(torch.int16).numpy().view(np.uint16)),
-        EVERY.float().numpy(),
-        equal_nan=True,
-    )
+    wide = widen(EVERY.view(torch.int16).numpy().view(np.uint16))
+    assert np.array_equal(wide, EVERY.float().numpy(), equal_nan=True)
 
 
 @triton.jit
@@ -134,7 +125,8 @@ def product(a, b, out, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_product_sums_in_float32(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(16, 64, generator=g).to(dtype), torch.randn(64, 32, generator=g).to(dtype)
+    a = torch.randn(16, 64, generator=g).to(dtype)
+    b = torch.randn(64, 32, generator=g).to(dtype)
     out = torch.empty(16, 32)
     product[(1,)](a, b, out, M=16, N=32, K=64)
     exact = a.double() @ b.double()
@@ -161,11 +153,11 @@ def test_reductions_of_bfloat16_are_computed_wide() -> None:
     total, largest = torch.empty(64, dtype=torch.bfloat16), torch.empty(64, dtype=torch.bfloat16)
     reductions[(1,)](x, total, largest, N=64, K=32)
     assert torch.equal(largest, x.amax(1))
-    exact = x.double().sum(1)  # one rounding to bfloat16, and 32 float32 sums
-    assert (
-        (total.double() - exact).abs()
-        <= 2**-8 * exact.abs() + 32 * 2**-24 * x.double().abs().sum(1)
-    ).all()
+
+    # One rounding to bfloat16, and 32 float32 sums.
+    exact = x.double().sum(1)
+    bound = 2**-8 * exact.abs() + 32 * 2**-24 * x.double().abs().sum(1)
+    assert ((total.double() - exact).abs() <= bound).all()
 
 
 @triton.jit
@@ -182,14 +174,13 @@ def test_a_loop_to_a_number_known_at_run_time() -> None:
     assert out.item() == sum(range(0, 17, 3))
 
 
-# ---- PTX
-
-
 def test_prmt_picks_bytes_and_repeats_signs() -> None:
     a, b = 0x83828180, 0x07060504
     assert hex(prmt(a, b, 0x3210)) == hex(a) and hex(prmt(a, b, 0x7654)) == hex(b)
     assert hex(prmt(a, b, 0x0426)) == "0x80048206"
-    assert hex(prmt(a, b, 0x8FC0)) == "0xff000080"  # the signs of bytes 0, 7 and 4, then byte 0
+
+    # The signs of bytes 0, 7 and 4, then byte 0.
+    assert hex(prmt(a, b, 0x8FC0)) == "0xff000080"
 
 
 def test_ptx_runs_statement_by_statement() -> None:

@@ -1,15 +1,18 @@
-"""The CUDA side of paging: pinned memory, streams, and memory that really runs out. On a card the oracle is AdamW(foreach=True)."""
+"""Paging on a GPU: pinned memory, streams, and memory that really runs out.
+
+On a GPU the oracle is torch.optim.AdamW(foreach=True).
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers import same_bits
 from torch import Tensor, nn
 
 from minilora import PagedAdamW, retry_on_oom
-from minilora.optim import paging
-from minilora.optim.paging import CudaLane
+from minilora.optim import transfer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,11 +24,12 @@ MB = 2**20
 
 @contextmanager
 def at_most(extra: int) -> Iterator[None]:
-    """PyTorch may hold `extra` bytes more than what is in tensors now."""
+    """PyTorch may reserve at most `extra` bytes more than now."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    total = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + extra) / total)
+    _, total = torch.cuda.mem_get_info()
+    limit = torch.cuda.memory_reserved() + extra
+    torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
         yield
     finally:
@@ -52,7 +56,7 @@ def train(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: r
 
 
 def assert_same(found: list[nn.Parameter], expected: list[nn.Parameter]) -> None:
-    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+    assert same_bits(tuple(found), tuple(expected))
 
 
 @pytest.mark.parametrize("page", ["on_oom", "always", "never"])
@@ -60,9 +64,11 @@ def assert_same(found: list[nn.Parameter], expected: list[nn.Parameter]) -> None
 def test_the_bits_are_those_of_foreach(
     dtype: torch.dtype, page: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paging, "LARGEST_PAGE", 2**18)  # the last tensor is cut into many pages
+    # The last tensor is cut into many pages.
+    monkeypatch.setattr(transfer, "LARGEST_PAGE", 2**18)
     sizes = (1, 3, 64, 1000, 77_777, 3_000_001)
-    a, b = parameters(*sizes, dtype=dtype), parameters(*sizes, dtype=dtype)
+    a = parameters(*sizes, dtype=dtype)
+    b = parameters(*sizes, dtype=dtype)
     train(a, PagedAdamW(a, page=page), range(5))  # type: ignore[arg-type]
     train(b, torch.optim.AdamW(b, foreach=True), range(5))
     assert_same(a, b)
@@ -71,14 +77,20 @@ def test_the_bits_are_those_of_foreach(
 def test_the_update_waits_for_gradients_and_copies_for_the_update(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The main stream is kept busy, so that a copy which does not wait would take what is not yet there."""
-    monkeypatch.setattr(paging, "LARGEST_PAGE", 2**20)
-    a, b = parameters(4_000_000), parameters(4_000_000)
-    optimizer, oracle = PagedAdamW(a, page="always"), torch.optim.AdamW(b, foreach=True)
+    """The main stream is kept busy: a copy that does not wait would copy what is not there yet."""
+    monkeypatch.setattr(transfer, "LARGEST_PAGE", 2**20)
+    a = parameters(4_000_000)
+    b = parameters(4_000_000)
+    optimizer = PagedAdamW(a, page="always")
+    oracle = torch.optim.AdamW(b, foreach=True)
+
     for seed in range(4):
         torch.cuda._sleep(50_000_000)
-        gradients(a, seed), gradients(b, seed)
-        optimizer.step(), oracle.step()
+        gradients(a, seed)
+        gradients(b, seed)
+        optimizer.step()
+        oracle.step()
+
     assert_same(a, b)
     for key in ("exp_avg", "exp_avg_sq"):
         host = optimizer.state[a[0]][key]
@@ -89,15 +101,19 @@ def test_a_step_that_really_runs_out_pages_and_keeps_its_bits() -> None:
     sizes = (40 * MB // 4,) * 4
     b = parameters(*sizes)
     train(b, torch.optim.AdamW(b, foreach=True), range(3))
-    expected = [p.detach().cpu() for p in b]
+    expected = tuple(p.detach().cpu() for p in b)
     del b
+
     a = parameters(*sizes)
     gradients(a, 0)
     optimizer = PagedAdamW(a)
-    with at_most(260 * MB):  # the states are 320 MB
+
+    # The states are 320 MB.
+    with at_most(260 * MB):
         train(a, optimizer, range(3))
+
     assert optimizer.paging.since == 1 and optimizer.paging.bytes_in == 3 * 320 * MB
-    assert all(torch.equal(p.detach().cpu(), e) for p, e in zip(a, expected, strict=True))
+    assert same_bits(tuple(a), expected)
     optimizer.page_in()
     assert all(optimizer.state[p]["exp_avg"].is_cuda for p in a)
 
@@ -119,6 +135,7 @@ def test_a_step_that_really_runs_out_in_backward_is_retried_with_the_same_bits()
         optimizer.zero_grad()
         torch.cuda.manual_seed(1)
 
+    # Once with enough memory: what it needs, and what it gives.
     params, step = make()
     optimizer = PagedAdamW(params)
     start(params, optimizer)
@@ -127,32 +144,40 @@ def test_a_step_that_really_runs_out_in_backward_is_retried_with_the_same_bits()
     held = torch.cuda.memory_allocated()
     loss = step()
     need = torch.cuda.max_memory_allocated() - held
-    expected, random = params[0].grad, torch.cuda.get_rng_state()
+    expected = params[0].grad
+    random = torch.cuda.get_rng_state()
     del optimizer, step
+
+    # Once with too little. The states are 40 MB.
     again, step = make()
     optimizer = PagedAdamW(again)
     start(again, optimizer)
-    with at_most(need - 20 * MB):  # the states are 40 MB
+    with at_most(need - 20 * MB):
         assert torch.equal(retry_on_oom(step, optimizer), loss)
+
     assert optimizer.paging.since == 2
     assert expected is not None and again[0].grad is not None
-    assert torch.equal(again[0].grad, expected) and torch.equal(torch.cuda.get_rng_state(), random)
+    assert torch.equal(again[0].grad, expected)
+    assert torch.equal(torch.cuda.get_rng_state(), random)
 
 
-def test_states_go_to_torch_on_the_card_and_come_back_to_the_host() -> None:
-    a, b = parameters(1000, 77_777), parameters(1000, 77_777)
+def test_states_go_to_torch_on_the_gpu_and_come_back_to_the_host() -> None:
+    a = parameters(1000, 77_777)
     paged = PagedAdamW(a, page="always")
     train(a, paged, range(3))
-    train(b, torch.optim.AdamW(b, foreach=True), range(3))
+
     plain = torch.optim.AdamW(a)
     plain.load_state_dict(paged.state_dict())
     assert plain.state[a[0]]["exp_avg"].is_cuda
+
     back = PagedAdamW(a, page="always")
     back.load_state_dict(plain.state_dict())
     assert back.state[a[0]]["exp_avg"].is_pinned()
+
     on_cpu = [nn.Parameter(p.detach().cpu()) for p in a]
     PagedAdamW(on_cpu).load_state_dict(paged.state_dict())
 
 
-def test_the_lane_of_a_card_is_its_own() -> None:
-    assert isinstance(paging.lane_for(torch.device("cuda", 0)), CudaLane)
+def test_a_gpu_has_the_transfer_of_its_own() -> None:
+    found = transfer.transfer_for(torch.device("cuda", 0))
+    assert isinstance(found, transfer.CudaTransfer)

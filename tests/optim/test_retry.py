@@ -1,4 +1,4 @@
-"""retry_on_oom: a step that ran out of memory at any point, run again, is to the bit a step that never failed."""
+"""A step that ran out of memory anywhere and was retried is bit-identical to one that did not."""
 
 import random
 import weakref
@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from allocator import FailingAllocator
+from helpers import same_bits
+from paged_cases import OUT_OF_MEMORY
 from torch import Tensor, nn
 
 from minilora import PagedAdamW, retry_on_oom
@@ -19,10 +22,16 @@ class Run:
     """A model with dropout whose step also draws from Python's and NumPy's generators."""
 
     def __init__(self, page: str = "on_oom", accumulated: int = 0) -> None:
-        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
         self.model = nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.5), nn.GELU(), nn.Linear(9, 4))
-        self.spare = nn.Parameter(torch.ones(3))  # gets no gradient
-        self.optimizer = PagedAdamW([*self.model.parameters(), self.spare], page=page)  # type: ignore[arg-type]
+
+        # A parameter that gets no gradient.
+        self.spare = nn.Parameter(torch.ones(3))
+        params = [*self.model.parameters(), self.spare]
+        self.optimizer = PagedAdamW(params, page=page)  # type: ignore[arg-type]
+
         self.calls = 0
         self.step()
         self.optimizer.step()
@@ -45,17 +54,23 @@ class Run:
 
 
 def assert_same(found: State, expected: State) -> None:
-    for f, e in zip(found[0], expected[0], strict=True):
-        assert (f is None and e is None) or (f is not None and e is not None and torch.equal(f, e))
-    assert torch.equal(found[1], expected[1]) and found[2] == expected[2]
-    assert (
-        found[3][0] == expected[3][0]
-        and np.array_equal(found[3][1], expected[3][1])
-        and found[3][2:] == expected[3][2:]
-    )
+    """Gradients and random states are equal, bit for bit."""
+    grads, cpu, python, numpy = found
+    expected_grads, expected_cpu, expected_python, expected_numpy = expected
+
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert (grad is None) == (expected_grad is None)
+        assert grad is None or same_bits(grad, expected_grad)
+
+    assert torch.equal(cpu, expected_cpu)
+    assert python == expected_python
+    assert numpy[0] == expected_numpy[0] and numpy[2:] == expected_numpy[2:]
+    assert np.array_equal(numpy[1], expected_numpy[1])
 
 
-def failing_once(run: Run, memory: Any) -> Callable[[], Tensor]:
+def failing(run: Run, memory: FailingAllocator) -> Callable[[], Tensor]:
+    """The step of the run under that allocator."""
+
     def step() -> Tensor:
         with memory:
             return run.step()
@@ -67,44 +82,45 @@ def failing_once(run: Run, memory: Any) -> Callable[[], Tensor]:
     ("page", "accumulated"), [("on_oom", 0), ("on_oom", 2), ("always", 2), ("never", 0)]
 )
 def test_the_retried_step_is_one_that_never_failed_wherever_it_failed(
-    page: str, accumulated: int, allocator: Any
+    page: str, accumulated: int
 ) -> None:
     expected = Run(page, accumulated)
-    with allocator() as memory:
+    with FailingAllocator() as memory:
         loss = expected.step()
     count = memory.count
     assert count > 15
     after = expected.state()
     expected.optimizer.step()
+
     for k in range(count):
         run = Run(page, accumulated)
         calls = run.calls
-        memory = allocator(lambda i, k=k: i == k)
-        assert torch.equal(retry_on_oom(failing_once(run, memory), run.optimizer), loss)
+        memory = FailingAllocator(lambda i, k=k: i == k)
+        assert torch.equal(retry_on_oom(failing(run, memory), run.optimizer), loss)
         assert memory.failed == 1 and run.calls == calls + 2
         assert_same(run.state(), after)
         assert run.optimizer.paging.since == {"on_oom": 2, "always": 1, "never": None}[page]
+
         run.optimizer.step()
-        assert all(
-            torch.equal(p, q)
-            for p, q in zip(run.model.parameters(), expected.model.parameters(), strict=True)
-        )
+        params = tuple(run.model.parameters())
+        assert same_bits(params, tuple(expected.model.parameters()))
 
 
-def test_where_anything_at_all_runs_out_the_call_can_be_repeated(allocator: Any) -> None:
-    """The allocator fails in retry_on_oom's own work too: what it remembers, and the host memory of the states."""
+def test_where_anything_at_all_runs_out_the_call_can_be_repeated() -> None:
+    """Also in retry_on_oom's own work: what it saves, and the host memory for the states."""
     expected = Run(accumulated=1)
     loss = expected.step()
     after = expected.state()
+
     k = 0
     while True:
         run = Run(accumulated=1)
         before = run.state()
-        memory = allocator(lambda i, k=k: i in (k, k + 3))
+        memory = FailingAllocator(lambda i, k=k: i in (k, k + 3))
         try:
             with memory:
                 found = retry_on_oom(run.step, run.optimizer)
-        except (torch.OutOfMemoryError, MemoryError):
+        except OUT_OF_MEMORY:
             assert_same(run.state(), before)
             found = retry_on_oom(run.step, run.optimizer)
         assert torch.equal(found, loss)
@@ -115,25 +131,25 @@ def test_where_anything_at_all_runs_out_the_call_can_be_repeated(allocator: Any)
     assert k > 20
 
 
-def test_a_second_failure_says_what_was_freed_and_what_to_change(allocator: Any) -> None:
+def test_a_second_failure_says_what_was_freed_and_what_to_change() -> None:
     run = Run(accumulated=1)
     before = run.state()
-    memory = allocator(lambda k: k == 9 or k >= 12)
+    memory = FailingAllocator(lambda k: k == 9 or k >= 12)
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        retry_on_oom(failing_once(run, memory), run.optimizer)
+        retry_on_oom(failing(run, memory), run.optimizer)
     text = str(caught.value)
     assert "first: injected at allocation 9" in text and "then: injected at allocation 12" in text
     for expected in (
         "0.0 MB of optimizer states moved",
-        "In use after the second: cpu",
+        "In use after the second failure: cpu",
         "smaller batch",
         "shorter",
         "checkpointing",
     ):
         assert expected in text
-    assert (
-        caught.value.__cause__ is None and caught.value.__context__ is None
-    )  # their tracebacks hold activations
+
+    # The tracebacks of the two failures hold activations.
+    assert caught.value.__cause__ is None and caught.value.__context__ is None
     assert_same(run.state(), before)
 
 

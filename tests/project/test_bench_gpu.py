@@ -1,4 +1,7 @@
-"""The GPU benchmark's own code, without a GPU: it says so; and with a clock that does not measure, it checks, prints and tunes."""
+"""The GPU benchmark's own code, without a GPU: it says so.
+
+With a clock that does not measure, it checks, prints and tunes.
+"""
 
 import importlib.util
 import json
@@ -14,7 +17,7 @@ import torch
 
 pytest.importorskip("triton", reason="the benchmark times Triton kernels")
 
-SCRIPT = Path(__file__).parent / "bench" / "gpu.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu.py"
 
 
 class FakeClock:
@@ -42,7 +45,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no card")
-    monkeypatch.setattr(module, "bitsandbytes", lambda: None)  # it wants a card to multiply
+    # bitsandbytes multiplies on a card only.
+    monkeypatch.setattr(module, "bitsandbytes", lambda: None)
     return module
 
 
@@ -98,7 +102,9 @@ def test_tuning_writes_the_fastest_line_for_each_number_of_rows(
     monkeypatch.setattr(bench, "TILES", [tile])
     monkeypatch.setattr(bench, "TUNED", (64, 128))
 
-    class Last(FakeClock):  # the last that is tried wins: the tile
+    class Last(FakeClock):
+        """The last that is tried wins: the tile."""
+
         def microseconds(self, sides: dict[str, Any]) -> dict[str, float]:
             return {name: 99.0 - i for i, name in enumerate(sides)}
 
@@ -107,6 +113,8 @@ def test_tuning_writes_the_fastest_line_for_each_number_of_rows(
     written = json.loads(table.read_text())
     assert written["forward"] == [{"rows": 17} | tile, {"path": "dense"}] == written["backward"]
     assert written["measured on"].startswith("no card")
-    monkeypatch.setattr(bench, "Clock", FakeClock)  # the first that is tried wins: dense
+
+    # The first that is tried wins: dense.
+    monkeypatch.setattr(bench, "Clock", FakeClock)
     bench.tune()
     assert json.loads(table.read_text())["forward"] == [{"path": "dense"}]

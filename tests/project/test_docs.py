@@ -1,10 +1,12 @@
-"""Every block of the documentation runs, prints what the page says, and fails where it says so; the pictures are those drawn.
+"""Every code block of the documentation runs and prints what the page shows; pictures are current.
 
-What is read on a page: ```python and ```bash blocks run in order, in a folder with a tiny model under the name of a real one.
-A ```text block right after one is what it prints or, after title="fails", the error; "..." stands for anything. A ```json block
-is written to the file in its title. What cannot run here says why: title="not run here: ...".
+The ```python and ```bash blocks of a page run in order, in a folder with a tiny model under the
+name of a real one. A ```text block right after one is what it prints or, after title="fails", the
+error; "..." stands for anything. A ```json block is written to the file in its title. A block that
+cannot run here says why: title="not run here: ...".
 """
 
+import ast
 import contextlib
 import importlib.util
 import io
@@ -18,15 +20,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import interrupted
+import layout
 import pytest
 import torch
 
 import minilora
-from minilora.training.checkpoints import Interrupted
+from minilora.training import Interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-MODEL = "HuggingFaceTB/SmolLM2-1.7B-Instruct"  # the name in the documentation
+
+# The name in the documentation.
+MODEL = "HuggingFaceTB/SmolLM2-1.7B-Instruct"
 
 
 class Block(NamedTuple):
@@ -60,7 +65,7 @@ RUNS = [pytest.param(p, id=str(p.relative_to(DOCS))) for p in PAGES]
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
-    """A tiny model under the name in the documentation, twenty examples, two adapters, two runs that a signal stopped."""
+    """A tiny model under MODEL's name, twenty examples, two adapters, two interrupted runs."""
     pytest.importorskip("typer", reason="the commands on the pages are run with typer")
     from minilora.huggingface.loading import load_dense
 
@@ -102,7 +107,7 @@ def run(block: Block, page: Path, namespace: dict[str, Any]) -> None:
 
 
 def agree(said: str, shown: str) -> bool:
-    """Whether a page shows what was said, white space and "..." apart."""
+    """Whether a page shows what was printed, apart from white space and "..."."""
     parts = [re.escape(" ".join(part.split())) for part in shown.split("...")]
     return (
         re.fullmatch(r"\s*" + r"\s*.*?\s*".join(parts) + r"\s*", " ".join(said.split())) is not None
@@ -118,9 +123,8 @@ def test_a_page_runs_from_top_to_bottom(
             pytest.importorskip(needed, reason=f"a block of {page.name} needs {needed}")
     shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("MPLBACKEND", "agg")
-    monkeypatch.setattr(
-        torch.cuda, "is_available", lambda: False
-    )  # what a page shows is what a CPU says
+    # The pages show the output of a machine without a GPU.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"__name__": "__main__"}
@@ -131,7 +135,7 @@ def test_a_page_runs_from_top_to_bottom(
             (tmp_path / block.title).write_text(block.code)
         elif block.language == "text" and said is not None:
             assert agree(said, block.code), (
-                f"{where} shows\n{block.code}\nand this was said:\n{said}"
+                f"{where} shows\n{block.code}\nand this was printed:\n{said}"
             )
         said = None
         if block.language not in ("python", "bash") or block.title.startswith("not run here: "):
@@ -154,7 +158,7 @@ def test_what_agrees_and_what_does_not() -> None:
 
 @pytest.mark.parametrize("page", RUNS)
 def test_every_command_and_flag_exists(page: Path) -> None:
-    """Those too that do not run here."""
+    """Even in blocks that do not run here."""
     typer = pytest.importorskip("typer", reason="the commands are typer's")
     from minilora.cli import app
 
@@ -165,9 +169,8 @@ def test_every_command_and_flag_exists(page: Path) -> None:
         ):
             words = shlex.split(line, comments=True)
             if words[:1] == ["minilora"]:
-                commands.commands[words[1]].make_context(
-                    words[1], words[2:]
-                )  # raises where click would
+                # Raises where click would.
+                commands.commands[words[1]].make_context(words[1], words[2:])
 
 
 def test_few_blocks_are_not_run() -> None:
@@ -182,9 +185,6 @@ def test_few_blocks_are_not_run() -> None:
     assert all(title in ("", "fails") or title.startswith("not run here: ") for title in titles), (
         titles
     )
-
-
-# ---- pictures
 
 
 @pytest.fixture(scope="module")
@@ -216,21 +216,29 @@ def test_text_in_pictures_is_large_enough(draw: Any) -> None:
         assert sizes and min(sizes) * 700 / drawn.width >= 11, name
 
 
-def test_the_picture_of_the_rooms_is_what_the_sources_import(draw: Any) -> None:
-    import test_layout
+def test_the_picture_of_the_structure_is_what_the_sources_import(draw: Any) -> None:
+    structure = sys.modules["structure"]
+    assert tuple(structure.CORE) == layout.CORE
+    assert set(structure.SUBPACKAGES) == {*layout.SUBPACKAGES, "cli"}
+    assert set(structure.KERNELS) == layout.KERNELS
 
-    rooms = sys.modules["rooms"]
-    assert rooms.ranks() == test_layout.ROOMS and rooms.CAPTIONS.keys() == test_layout.ROOMS.keys()
-    for room in test_layout.ROOMS:
-        files = [path for path, of in test_layout.FILES.items() if of == room]
-        names = [
-            n
-            for path in files
-            for n in test_layout.imports(path, test_layout.parse(path))
-            if n.startswith("minilora.")
-        ]
-        by_name = {"kernels.reference", "kernels.cpu", "kernels.gpu"} if room == "ops" else set()
-        assert rooms.imported(room) == {test_layout.room_of(n) for n in names} - {room} | by_name
+    for unit in structure.UNITS:
+        names = {
+            name
+            for path, owner in layout.FILES.items()
+            if owner == unit
+            for name in layout.imports(path, ast.parse(path.read_text()))
+            if name.startswith("minilora.")
+        }
+        # `ops` loads the kernels by name, so that `import minilora` does not import them.
+        by_name = layout.KERNELS if unit == "ops" else set()
+        expected = {layout.unit_named(name) for name in names} - {unit, "minilora"} | by_name
+        assert structure.imported(unit) == expected, unit
+
+
+def test_an_arrow_is_left_out_where_another_way_leads(draw: Any) -> None:
+    direct = {"a": {"b", "c"}, "b": {"c"}, "c": set()}
+    assert sys.modules["structure"].reduced(direct) == {"a": {"b"}, "b": {"c"}, "c": set()}
 
 
 def test_the_codes_drawn_are_those_of_the_library(draw: Any) -> None:
@@ -247,11 +255,8 @@ def minilora_codes(values: list[float]) -> list[int]:
     return codes
 
 
-# ---- numbers that stand elsewhere
-
-
 def test_instructions_on_the_page_are_those_of_the_budget() -> None:
-    budget = json.loads((ROOT / "tests" / "sass_budget.json").read_text())["3.9.0"]
+    budget = json.loads((ROOT / "tests" / "tools" / "sass_budget.json").read_text())["3.9.0"]
     rows = re.findall(
         r"^\| ([\w= ]+: _\w+) \| (\d+) \| (\d+) \| (\d+) \|$",
         (DOCS / "kernels.md").read_text(),

@@ -13,9 +13,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# ---- what importing costs
-
-
 def python(code: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -33,23 +30,27 @@ HEAVY = ["numba", "triton", "transformers", "matplotlib", "typer", "tqdm"]
 
 
 def test_import_works_without_the_heavy_and_the_optional() -> None:
-    dense = "m = minilora.inject(torch.nn.Sequential(torch.nn.Linear(8, 8)), r=2); m(torch.ones(1, 8)).sum().backward()"
+    dense = (
+        "m = minilora.inject(torch.nn.Sequential(torch.nn.Linear(8, 8)), r=2); "
+        "m(torch.ones(1, 8)).sum().backward()"
+    )
     gone = f"import sys; sys.modules.update(dict.fromkeys({HEAVY}))"
     assert python(f"{gone}; import torch, minilora; {dense}; print(minilora.audit(m))") == "[]\n"
 
 
 def test_import_pulls_in_nothing_heavy_beyond_torch() -> None:
-    code = "import sys, torch; before = set(sys.modules); import minilora; print(*set(sys.modules) - before)"
+    code = (
+        "import sys, torch; before = set(sys.modules); "
+        "import minilora; print(*set(sys.modules) - before)"
+    )
     new = {name.partition(".")[0] for name in python(code).split()}
-    assert "minilora" in new and not new & set(HEAVY)
-
-
-# ---- wheel and sdist
+    assert "minilora" in new
+    assert not new & set(HEAVY)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel and the sdist, built from a copy of the tree: nothing is left in the tree itself."""
+    """A folder with wheel and sdist, built from a copy of the tree, which stays as it is."""
     pytest.importorskip(
         "build", reason="the package 'build' makes wheel and sdist: pip install -e .[dev]"
     )

@@ -1,4 +1,4 @@
-"""The built site, in a browser: every page, its links, its formulas, the search, a phone's screen. `make docs` runs this."""
+"""The built site, in a browser: pages, links, formulas, search, a phone's screen: `make docs`."""
 
 import re
 from collections import Counter
@@ -22,11 +22,8 @@ pytestmark = [
 ]
 
 
-# ---- as files
-
-
 class Parsed(HTMLParser):
-    """What a page links to, and the ids that it has."""
+    """The links of a page, and the ids in it."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -49,7 +46,7 @@ def parsed() -> dict[str, Parsed]:
 
 
 def file_of(path: str) -> Path:
-    """The file that a server answers the path with."""
+    """The file that a server returns for the path."""
     file = browser.SITE / unquote(path)
     return file / "index.html" if path.endswith("/") or not path else file
 
@@ -94,16 +91,12 @@ def test_every_notebook_is_a_page_and_in_the_navigation(parsed: dict[str, Parsed
     assert list(dict.fromkeys(linked)) == slugs
 
 
-# ---- in a browser
-
-
 @dataclass
 class Visit:
     """What a page did when it was opened, and how wide it is on a phone."""
 
-    problems: list[str] = field(
-        default_factory=list
-    )  # console errors, exceptions, requests that failed
+    # Console errors, exceptions, requests that failed.
+    problems: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     formulas: int = 0
     unset: list[str] = field(default_factory=list)
@@ -150,13 +143,13 @@ def visits(chromium: Any, address: str) -> dict[str, Visit]:
             ),
         )
         tab.on("request", lambda r, v=visit: v.requests.append(r.url))
-        tab.goto(
-            address + path, wait_until="networkidle"
-        )  # one that is left earlier cuts its own requests off
+        # Leaving a page earlier would cut off its own requests.
+        tab.goto(address + path, wait_until="networkidle")
         visit.formulas = tab.locator(".arithmatex").count()
         try:
             browser.settle(tab)
-        except Exception as late:  # what is not set is listed below, by its source
+        except Exception as late:
+            # What is not rendered is listed below, by its source.
             visit.problems.append(str(late).splitlines()[0])
         visit.unset = tab.evaluate(UNSET)
         tab.set_viewport_size(browser.PHONE)
@@ -170,19 +163,22 @@ def visits(chromium: Any, address: str) -> dict[str, Visit]:
     return found
 
 
-# Formulas that are no picture, or one that says what was wrong with them.
+# Formulas that were not rendered, or rendered as an error message.
 UNSET = """[...document.querySelectorAll('.arithmatex')]
-  .filter(e => !e.querySelector('mjx-container svg') || e.querySelector('[data-mml-node=merror], mjx-merror, merror'))
+  .filter(e => !e.querySelector('mjx-container svg')
+    || e.querySelector('[data-mml-node=merror], mjx-merror, merror'))
   .map(e => e.textContent.slice(0, 80))"""
 
 # Formulas that are there and have no size.
 UNSEEN = """[...document.querySelectorAll('.arithmatex')]
-  .filter(e => e.checkVisibility() && !(e.querySelector('mjx-container svg')?.getBoundingClientRect().width > 2))
+  .filter(e => e.checkVisibility()
+    && !(e.querySelector('mjx-container svg')?.getBoundingClientRect().width > 2))
   .map(e => e.textContent.slice(0, 80))"""
 
-# The innermost elements that stick out of the screen.
+# The innermost elements that are wider than the screen.
 WIDE = """[...document.querySelectorAll('.md-content *')]
-  .filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('pre, .md-typeset__scrollwrap, .output'))
+  .filter(e => e.getBoundingClientRect().right > innerWidth + 1
+    && !e.closest('pre, .md-typeset__scrollwrap, .output'))
   .map(e => e.tagName + ' ' + e.className + ' ' + e.textContent.slice(0, 40)).slice(-3)"""
 
 

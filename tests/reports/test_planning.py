@@ -1,4 +1,7 @@
-"""plan says beforehand what quantize and inject then do: the same layers, parameters, bytes and errors, and it touches nothing."""
+"""plan says in advance what quantize and inject then do: layers, parameters, bytes and errors.
+
+And it changes nothing.
+"""
 
 import copy
 import re
@@ -10,11 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markup import parse
 from torch import nn
 
 import minilora
-from minilora.reports.planning import Plan, amount, nf4_bytes
-from minilora.surgery import adapters
+from minilora.reports.formatting import format_bytes
+from minilora.reports.pictures import WIDTH
+from minilora.reports.planning import Plan, nf4_bytes
+from minilora.targets import adapted_layers
 
 
 def mlp(dtype: torch.dtype = torch.float32) -> nn.ModuleDict:
@@ -50,28 +56,30 @@ def done(model: Any, arguments: dict[str, Any]) -> Any:
     return minilora.inject(model, **inject)
 
 
-def assert_true(plan: Plan, model: Any, parameters: int) -> None:
-    """Compares a plan with a model after quantize and inject, and the state that a step of AdamW leaves."""
-    layers = adapters(model)
+def assert_came_true(plan: Plan, model: Any, parameters: int) -> None:
+    """Compares a plan with the model after quantize and inject, and with AdamW after one step."""
+    layers: dict[str, Any] = dict(adapted_layers(model))
+    ours = {name: list(layer.adapters.parameters()) for name, layer in layers.items()}
     assert [row.name for row in plan.rows] == list(layers)
     for row, layer in zip(plan.rows, layers.values(), strict=True):
         assert (row.out_features, row.in_features) == (layer.out_features, layer.in_features)
-        assert row.adapter_parameters == layer.lora_A.numel() + layer.lora_B.numel()
+        assert row.adapter_parameters == sum(p.numel() for p in ours[row.name])
         assert row.base_bytes == layer.weight.nbytes
+
     trained = minilora.adapter_parameters(model)
     assert plan.parameters == parameters
     assert plan.trainable == sum(p.numel() for p in trained)
 
     quantized = [layer for layer in layers.values() if isinstance(layer.weight, minilora.NF4Weight)]
-    ours = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
     everything = sum(p.nbytes for p in model.parameters())
+
     for p in trained:
         p.grad = torch.zeros_like(p)
     optimizer = torch.optim.AdamW(trained, foreach=False)
     optimizer.step()
     states = [s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
     assert plan.bytes["quantized"] == sum(layer.weight.nbytes for layer in quantized)
-    assert plan.bytes["adapters"] == sum(p.nbytes for p in ours)
+    assert plan.bytes["adapters"] == sum(p.nbytes for tensors in ours.values() for p in tensors)
     assert plan.bytes["dense"] == everything - plan.bytes["quantized"] - plan.bytes["adapters"]
     assert plan.bytes["gradients"] == sum(p.grad.nbytes for p in trained)
     assert plan.bytes["optimizer"] == sum(s.nbytes for s in states)
@@ -109,7 +117,7 @@ def test_a_plan_equals_what_happens(
     plan = minilora.plan(model, **arguments)
     assert minilora.plan(empty, **arguments) == plan
     parameters = count(model)
-    assert_true(plan, done(model, arguments), parameters)
+    assert_came_true(plan, done(model, arguments), parameters)
     wrapped = {row.name for row in plan.rows}
     assert set(plan.left_out) == {"up", "down", "lm_head"} - wrapped
 
@@ -131,7 +139,7 @@ def test_the_plan_of_a_language_model_equals_what_happens(
     model = tiny_llama(tie_word_embeddings=tie)
     plan = minilora.plan(model, **arguments)
     parameters = count(model)
-    assert_true(plan, done(model, arguments), parameters)
+    assert_came_true(plan, done(model, arguments), parameters)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -158,14 +166,14 @@ def test_a_config_or_a_folder_is_planned_as_the_model_it_makes(
         minilora.plan(str(tmp_path)).model == str(tmp_path)
         and minilora.plan(model.config).model == "LlamaForCausalLM"
     )
-    assert_true(plan, done(model, {"r": 4, "train_also": ["norm"]}), plan.parameters)
+    assert_came_true(plan, done(model, {"r": 4, "train_also": ["norm"]}), plan.parameters)
 
 
 def test_a_model_that_is_quantized_already_is_planned_as_it_is() -> None:
     model = minilora.quantize(mlp(), exclude=["lm_head"])
     plan = minilora.plan(model, r=2, targets=["up", "down"])
     assert plan.parameters == count(mlp())
-    assert_true(plan, minilora.inject(model, r=2, targets=["up", "down"]), plan.parameters)
+    assert_came_true(plan, minilora.inject(model, r=2, targets=["up", "down"]), plan.parameters)
 
 
 @given(st.integers(1, 5000), st.sampled_from([32, 64, 128, 4096]), st.booleans())
@@ -178,7 +186,7 @@ def test_nf4_bytes_counts_every_tensor(n: int, block_size: int, double_quant: bo
 
 
 def test_the_formula_of_the_paper() -> None:
-    # QLoRA, section 3: 4 bits, 8 bits a block of 64, 32 bits a group of 256 blocks
+    # QLoRA, section 3: 4 bits, 8 bits per block of 64, 32 bits per group of 256 blocks
     assert abs(8 * nf4_bytes(4096 * 4096) / 4096**2 - (4 + 8 / 64 + 32 / (64 * 256))) < 1e-5
     assert 8 * nf4_bytes(4096 * 4096, double_quant=False) / 4096**2 == 4 + 32 / 64
 
@@ -227,36 +235,35 @@ def test_a_plan_prints_as_a_table() -> None:
     text = str(plan)
     lines = text.splitlines()
     assert lines[0].startswith(
-        f"ModuleDict: {plan.parameters:,} parameters, {plan.trainable:,} to train ("
+        f"ModuleDict: {plan.parameters:,} parameters, {plan.trainable:,} trainable ("
     )
     assert re.fullmatch(r"  layer +out x in +count +adapter +base", lines[1])
     rows = [re.split(r" {2,}", line.strip()) for line in lines[2:4]]
     assert rows == [
-        ["up", "41 x 30", "2", "568", amount(2 * nf4_bytes(41 * 30))],
-        ["down", "7 x 41", "2", "384", amount(2 * nf4_bytes(41 * 7))],
+        ["up", "41 x 30", "2", "568", format_bytes(2 * nf4_bytes(41 * 30))],
+        ["down", "7 x 41", "2", "384", format_bytes(2 * nf4_bytes(41 * 7))],
     ]
-    assert re.fullmatch(r"  left out: a\.lm_head, b\.lm_head", lines[4])
+    assert re.fullmatch(r"  no adapter: a\.lm_head, b\.lm_head", lines[4])
     for kind in ("quantized", "dense", "adapters", "gradients", "optimizer"):
-        assert f"{kind} {amount(plan.bytes[kind])}" in lines[6]
-    assert lines[5] == f"  together {amount(plan.total_bytes)}, and the activations"
+        assert f"{kind} {format_bytes(plan.bytes[kind])}" in lines[6]
+    assert lines[5] == f"  total {format_bytes(plan.total_bytes)}, plus activations"
     assert max(map(len, lines)) <= 132
     columns = [line.rstrip().find("2  ") for line in lines[2:4]]
-    assert len(set(columns)) == 1, "the columns do not stand under one another"
+    assert len(set(columns)) == 1, "the columns are not aligned"
 
 
-@pytest.mark.parametrize(
-    ("n", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1.0 kB"),
-        (12_345_678, "12.3 MB"),
-        (5e9, "5.00 GB"),
-        (7e12, "7000.00 GB"),
-    ],
-)
-def test_amounts_read_as_a_person_says_them(n: float, text: str) -> None:
-    assert amount(n) == text
+def test_the_bar_of_a_plan_is_divided_in_proportion_to_its_bytes() -> None:
+    plan = minilora.plan(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), r=4)
+    bars = [r for r in parse(plan._repr_html_()).iter("rect") if r.get("height") == "22"]
+
+    held = [n for n in plan.bytes.values() if n]
+    assert [float(bar.get("width", "")) for bar in bars] == pytest.approx(
+        [WIDTH * n / plan.total_bytes for n in held], abs=0.05
+    )
+    assert float(bars[-1].get("x", "")) + float(bars[-1].get("width", "")) == pytest.approx(
+        WIDTH, abs=0.2
+    )
+    assert repr(plan) == str(plan) and "Row(" not in repr(plan)
 
 
 def attention() -> nn.Module:
@@ -295,13 +302,12 @@ def test_a_plan_refuses_what_inject_refuses_with_the_same_words(case: str) -> No
 
 
 def test_a_plan_refuses_what_quantize_refuses(tiny_llama: Callable[..., Any]) -> None:
-    for model, arguments in (
+    # Quantizing a tied head would untie it.
+    cases: list[tuple[nn.Module, dict[str, Any]]] = [
         (mlp(), {"block_size": 48}),
-        (
-            tiny_llama(tie_word_embeddings=True),
-            {"targets": ["lm_head"]},
-        ),  # quantizing it would untie it
-    ):
+        (tiny_llama(tie_word_embeddings=True), {"targets": ["lm_head"]}),
+    ]
+    for model, arguments in cases:
         with pytest.raises(ValueError) as expected:
             minilora.quantize(copy.deepcopy(model), **arguments)
         with pytest.raises(ValueError, match=re.escape(str(expected.value))):

@@ -1,4 +1,9 @@
-"""The built site in a browser. `python tests/tools/browser.py FOLDER` takes a picture of every page: desktop light and dark, phone."""
+"""The built site in a browser, for the tests and for the eye.
+
+    python tests/tools/browser.py FOLDER
+
+takes a screenshot of every page: on a desktop, light and dark, and on a phone.
+"""
 
 import os
 import shutil
@@ -16,7 +21,10 @@ SITE = ROOT / "site"
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
-QUIET = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+QUIET = (
+    "--disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 360, "height": 740}
 
@@ -59,10 +67,10 @@ def chromium() -> Iterator[Any]:
 
 
 def settle(page: Any) -> None:
-    """Waits until the formulas of a page are set."""
+    """Waits until the formulas of a page are rendered."""
+    rendered = "every(e => e.querySelector('mjx-container'))"
     page.wait_for_function(
-        "() => [...document.querySelectorAll('.arithmatex')].every(e => e.querySelector('mjx-container'))",
-        timeout=20000,
+        f"() => [...document.querySelectorAll('.arithmatex')].{rendered}", timeout=20000
     )
 
 

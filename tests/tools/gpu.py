@@ -1,6 +1,7 @@
-"""What the tests of Triton kernels share: where they run, and buffers that tell when a kernel leaves them.
+"""What the tests of Triton kernels share: where they run, and buffers with guard bytes around them.
 
-They run interpreted, on CPU tensors; with a GPU at hand, `TRITON_INTERPRET=0` runs the same tests on it (`make test-gpu`).
+They run interpreted, on CPU tensors; with a GPU at hand, `TRITON_INTERPRET=0` runs the same tests
+on it (`make test-gpu`).
 """
 
 import contextlib
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+from minilora.kernels.reference.nf4 import PackedWeight
 
 pytest.importorskip("triton", reason="these kernels are written in Triton")
 
@@ -23,17 +26,18 @@ elif not torch.cuda.is_available():
     pytest.skip("TRITON_INTERPRET=0 asks for a GPU, and there is none", allow_module_level=True)
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-GUARD = 4096  # bytes of 0xFF before and after a buffer: NaN in every float format
+
+# Bytes of 0xFF before and after a buffer: NaN in every float format.
+GUARD = 4096
 
 _empty = torch.empty
 
 
-def gaussian(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 class Buffers:
-    """Tensors in the middle of guard bytes: a float read outside is NaN, a write outside is found by `check`."""
+    """Tensors between guard bytes.
+
+    A float that is read outside a tensor is NaN; a write outside is found by `check`.
+    """
 
     def __init__(self) -> None:
         self._raw: list[tuple[Tensor, int]] = []
@@ -50,20 +54,27 @@ class Buffers:
         return raw[GUARD : GUARD + nbytes].view(dtype).view(shape)
 
     def hold(self, t: Tensor | None) -> Any:
-        """A copy of t, its bytes guarded, on the tests' device. Strides are kept where t has gaps: they hold NaN too."""
+        """Returns a copy of t between guard bytes, on the device of the tests.
+
+        Its strides are those of t; where t has gaps, they hold NaN too.
+        """
         if t is None:
             return None
-        span = (
-            1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-            if t.numel()
-            else 0
-        )
+
+        span = 0
+        if t.numel():
+            steps = zip(t.shape, t.stride(), strict=True)
+            span = 1 + sum((size - 1) * stride for size, stride in steps)
         inside = self.empty(span, dtype=t.dtype).as_strided(t.shape, t.stride())
-        once = tuple(
-            slice(0, 1) if stride == 0 else slice(None) for stride in t.stride()
-        )  # a row that is repeated lies there once
+
+        # A row that is repeated lies in memory once.
+        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())
         inside[once] = t[once].to(DEVICE)
         return inside
+
+    def hold_weight(self, w: PackedWeight) -> PackedWeight:
+        """Returns a copy of the weight, each of its tensors between guard bytes."""
+        return PackedWeight(*map(self.hold, w.tensors), *w[4:])
 
     def check(self) -> None:
         for raw, nbytes in self._raw:
@@ -73,9 +84,15 @@ class Buffers:
             )
 
 
+def on_device(w: PackedWeight) -> PackedWeight:
+    """Returns the weight on the device of the tests."""
+    tensors = (None if t is None else t.to(DEVICE) for t in w.tensors)
+    return PackedWeight(*tensors, *w[4:])
+
+
 @contextlib.contextmanager
 def guarded() -> Iterator[Buffers]:
-    """Inside, torch.empty gives guarded memory full of NaN, which is what the kernels' launchers allocate with."""
+    """Inside, torch.empty gives guarded memory full of NaN: the kernels' launchers call it."""
     buffers = Buffers()
     torch.empty = buffers.empty  # type: ignore[assignment]
     try:

@@ -1,28 +1,42 @@
-"""Triton's interpreter, made faithful enough to test kernels by: `repair()` before the first launch.
+"""Triton's interpreter, repaired so that it can test kernels: `repair()` before the first launch.
 
-The interpreter (TRITON_INTERPRET=1) runs a kernel in numpy on CPU tensors. It keeps bfloat16 as uint16 and then, on triton 3.6 to
-3.9, truncates when it casts to it, does arithmetic and products on the bit patterns, and knows no inline assembly. Repaired here:
+The interpreter (TRITON_INTERPRET=1) runs a kernel in numpy on CPU tensors. It keeps bfloat16 as
+uint16 and then, on triton 3.6 to 3.9, truncates when it casts to it, does arithmetic and products
+on the bit patterns, and knows no inline assembly. Repaired here:
 
-* casts to bfloat16 round to nearest, ties to even; arithmetic, comparisons, reductions and `dot` widen to float32 and round once,
-  as hardware does;
-* inline PTX runs through a small emulator of the instructions that the kernels use;
+* casts to bfloat16 round to nearest, ties to even; arithmetic, comparisons, reductions and `dot`
+  widen to float32 and round once, as hardware does;
+* inline PTX runs through the emulator of ptx.py;
 * a float16 or bfloat16 `dot` sums in float32, and refuses sizes that tensor cores do not have;
 * infinities and NaN arise as on hardware, without numpy's warnings;
 * `for k in range(0, n)` with a run-time n works with numpy >= 2.4 on triton 3.6.
 
-tests/kernels/test_interpreter.py holds all of it to PyTorch, over every bfloat16 number.
+tests/kernels/test_interpreter.py compares all of it with PyTorch, over every bfloat16 number.
 """
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import triton.language as tl
+from ptx import run_ptx
 from triton.runtime import interpreter
 
-Handle, Builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
+Handle = interpreter.TensorHandle
+Builder = interpreter.InterpreterBuilder
 BF16 = tl.bfloat16
+
+_cast = Builder.cast_impl
+_binary = Builder.binary_op
+_unary = Builder.unary_op
+_ternary = Builder.ternary_op
+_fp_to_fp = Builder.create_fp_to_fp
+_reduce = interpreter.ReduceOps.apply_impl
+_patch_tensor = interpreter._patch_lang_tensor
+_run = interpreter.GridExecutor.__call__
+
+_FLOATS = {tl.float16, tl.float32, tl.float64}
+_COMPARE = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
 
 
 def widen(bits: Any) -> Any:
@@ -34,30 +48,18 @@ def narrow(x: Any) -> Any:
     """float32 to bfloat16 bit patterns, rounded to nearest, ties to even."""
     x = np.ascontiguousarray(x, np.float32)
     bits = x.view(np.uint32)
-    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
+    odd = (bits >> 16) & 1
+    rounded = (bits + (np.uint32(0x7FFF) + odd)) >> 16
     return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
 
 
 def _wide(handle: Any) -> Any:
-    """A handle's numbers, bfloat16 as float32."""
+    """The numbers of a handle, bfloat16 as float32."""
     return widen(handle.data) if handle.dtype.scalar == BF16 else handle.data
 
 
 def _is_bf16(handle: Any) -> bool:
     return bool(handle.dtype.scalar == BF16)
-
-
-# ---- bfloat16
-
-_cast, _binary, _unary, _ternary = (
-    Builder.cast_impl,
-    Builder.binary_op,
-    Builder.unary_op,
-    Builder.ternary_op,
-)
-_fp_to_fp, _reduce = Builder.create_fp_to_fp, interpreter.ReduceOps.apply_impl
-_FLOATS = {tl.float16, tl.float32, tl.float64}
-_COMPARE = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
 
 
 def cast(self: Any, source: Any, kind: Any) -> Any:
@@ -71,7 +73,8 @@ def cast(self: Any, source: Any, kind: Any) -> Any:
 
 
 def fp_to_fp(self: Any, source: Any, kind: Any, rounding: Any) -> Any:
-    if BF16 in (source.dtype.scalar, kind.scalar) and {source.dtype.scalar, kind.scalar} & _FLOATS:
+    kinds = {source.dtype.scalar, kind.scalar}
+    if BF16 in kinds and kinds & _FLOATS:
         return cast(self, source, kind)
     return _fp_to_fp(self, source, kind, rounding)
 
@@ -84,104 +87,53 @@ def binary(self: Any, a: Any, b: Any, operation: Any) -> Any:
 
 
 def unary(self: Any, a: Any, operation: Any) -> Any:
-    return (
-        Handle(narrow(operation(widen(a.data))), BF16)
-        if _is_bf16(a)
-        else _unary(self, a, operation)
-    )
+    if not _is_bf16(a):
+        return _unary(self, a, operation)
+    return Handle(narrow(operation(widen(a.data))), BF16)
 
 
 def ternary(self: Any, a: Any, b: Any, c: Any, operation: Any) -> Any:
-    if operation is np.where or not _is_bf16(c):  # a selection moves bits and computes nothing
+    # A selection moves bits and computes nothing.
+    if operation is np.where or not _is_bf16(c):
         return _ternary(self, a, b, c, operation)
     return Handle(narrow(operation(_wide(a), _wide(b), _wide(c))), BF16)
 
 
 def fma(self: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c. float64 holds a product of two float32 exactly; the sum is rounded there, then once more."""
+    """a * b + c.
+
+    float64 holds a product of two float32 exactly; the sum is rounded there, then once more.
+    """
     exact = _wide(a).astype(np.float64) * _wide(b) + _wide(c)
-    return (
-        Handle(narrow(exact), BF16)
-        if _is_bf16(c)
-        else Handle(exact.astype(c.data.dtype), c.dtype.scalar)
-    )
+    if _is_bf16(c):
+        return Handle(narrow(exact), BF16)
+    return Handle(exact.astype(c.data.dtype), c.dtype.scalar)
 
 
 def dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, imprecise: Any) -> Any:
-    if a.data.shape[-1] < 16 or any(n & (n - 1) for n in (*a.data.shape, *b.data.shape)):
+    sizes = *a.data.shape, *b.data.shape
+    if a.data.shape[-1] < 16 or any(n & (n - 1) for n in sizes):
         raise ValueError(
-            f"dot of {a.data.shape} and {b.data.shape}: sizes are powers of two, the inner one at least 16"
+            f"dot of {a.data.shape} and {b.data.shape}: "
+            "sizes are powers of two, the inner one at least 16"
         )
     wide = acc.data.dtype
-    return Handle(
-        np.matmul(_wide(a).astype(wide), _wide(b).astype(wide)) + acc.data, acc.dtype.scalar
-    )
+    product = np.matmul(_wide(a).astype(wide), _wide(b).astype(wide))
+    return Handle(product + acc.data, acc.dtype.scalar)
 
 
 def reduce(self: Any, arguments: Any) -> Any:
     first = arguments[0] if isinstance(arguments, tuple) else arguments
     if first.dtype != BF16 or (isinstance(arguments, tuple) and len(arguments) > 1):
         return _reduce(self, arguments)
-    shape = list(first.shape)
-    result = _reduce(
-        self,
-        (
-            tl.core.tensor(
-                Handle(widen(first.handle.data), tl.float32), tl.block_type(tl.float32, shape)
-            ),
-        ),
-    )
+
+    handle = Handle(widen(first.handle.data), tl.float32)
+    wide = tl.core.tensor(handle, tl.block_type(tl.float32, list(first.shape)))
+    result = _reduce(self, (wide,))
     result = result[0] if isinstance(result, list | tuple) else result
+
     kind = tl.block_type(BF16, list(result.shape)) if result.shape else BF16
     return tl.core.tensor(Handle(narrow(result.handle.data), BF16), kind)
-
-
-# ---- PTX
-
-
-def prmt(a: Any, b: Any, selector: Any) -> Any:
-    """Byte i of the result is byte (nibble i of the selector) & 7 of b:a, or its sign eight times where the nibble has bit 3."""
-    a, b, selector = (np.asarray(v, np.uint32) for v in (a, b, selector))
-    eight = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-    result = np.zeros(np.broadcast(a, b, selector).shape, np.uint32)
-    for i in range(4):
-        nibble = selector >> np.uint32(4 * i) & np.uint32(15)
-        byte = (
-            eight >> ((nibble & np.uint32(7)) * np.uint32(8)).astype(np.uint64) & np.uint64(255)
-        ).astype(np.uint32)
-        byte = np.where(nibble & np.uint32(8), (byte >> np.uint32(7)) * np.uint32(255), byte)
-        result |= byte << np.uint32(8 * i)
-    return result
-
-
-INSTRUCTIONS: dict[str, Callable[..., Any]] = {
-    "prmt.b32": prmt,
-    "and.b32": np.bitwise_and,
-    "or.b32": np.bitwise_or,
-    "shr.u32": np.right_shift,
-}
-
-
-def run_ptx(text: str, outputs: int, inputs: list[Any]) -> list[Any]:
-    """Runs `{ .reg ...; op to, from, ...; }` on uint32 arrays: $0 ... are the outputs, then come the inputs."""
-    registers: dict[str, Any] = {
-        f"${outputs + i}": np.asarray(v, np.uint32) for i, v in enumerate(inputs)
-    }
-
-    def value(name: str) -> Any:
-        return registers[name] if name in registers else np.uint32(int(name, 0))
-
-    for statement in re.sub(r"[{}]", " ", text).split(";"):
-        words = statement.split(None, 1)
-        if not words or words[0] == ".reg":
-            continue
-        to, *operands = (operand.strip() for operand in words[1].split(","))
-        if words[0] not in INSTRUCTIONS:
-            raise NotImplementedError(
-                f"PTX {words[0]}: the emulator knows {', '.join(INSTRUCTIONS)}"
-            )
-        registers[to] = INSTRUCTIONS[words[0]](*map(value, operands))
-    return [registers[f"${i}"] for i in range(outputs)]
 
 
 class _Results(list[Any]):
@@ -194,23 +146,16 @@ def inline_asm(
 ) -> Any:
     """32-bit registers, one element each: what the kernels use."""
     kinds = kinds if isinstance(kinds, list | tuple) else [kinds]
-    if (
-        pack != 1
-        or any(v.data.dtype.itemsize != 4 for v in values)
-        or set(re.findall(r"[a-z]", constraints)) != {"r"}
-    ):
+    registers = set(re.findall(r"[a-z]", constraints))
+    if pack != 1 or registers != {"r"} or any(v.data.dtype.itemsize != 4 for v in values):
         raise NotImplementedError("inline assembly other than 32-bit registers with pack=1")
+
     inputs = [np.ascontiguousarray(v.data).view(np.uint32) for v in values]
     outputs = run_ptx(text, constraints.count("="), inputs)
     return _Results(
         Handle(np.ascontiguousarray(o).view(np.int32), kind.scalar)
         for o, kind in zip(outputs, kinds, strict=True)
     )
-
-
-# ---- all together
-
-_patch_tensor, _run = interpreter._patch_lang_tensor, interpreter.GridExecutor.__call__
 
 
 def run(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -232,18 +177,14 @@ def _with_index(tensor: Any, *scope: Any) -> None:
 
 def repair() -> None:
     """Replaces the interpreter's operations by those above, for this process."""
-    Builder.cast_impl, Builder.binary_op, Builder.unary_op, Builder.ternary_op = (
-        cast,
-        binary,
-        unary,
-        ternary,
-    )
-    Builder.create_fp_to_fp, Builder.create_fma, Builder.create_dot, Builder.create_inline_asm = (
-        fp_to_fp,
-        fma,
-        dot,
-        inline_asm,
-    )
+    Builder.cast_impl = cast
+    Builder.binary_op = binary
+    Builder.unary_op = unary
+    Builder.ternary_op = ternary
+    Builder.create_fp_to_fp = fp_to_fp
+    Builder.create_fma = fma
+    Builder.create_dot = dot
+    Builder.create_inline_asm = inline_asm
     interpreter.ReduceOps.apply_impl = reduce
     interpreter._patch_lang_tensor = _with_index
     interpreter.GridExecutor.__call__ = run

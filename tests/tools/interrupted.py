@@ -1,4 +1,4 @@
-"""What tests of interrupted runs share: all that a run leaves, and ways to interrupt it."""
+"""What tests of interrupted runs share: everything that a run leaves, and ways to interrupt it."""
 
 import json
 import random
@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from minilora.training import checkpoints as resume
-from minilora.training import loop as recipe
-from minilora.training.checkpoints import Interrupted
-from minilora.training.loop import FinetuneConfig, Result, finetune
+from minilora.training import FinetuneConfig, Interrupted, finetune, loop, recipe
+from minilora.training.random_state import random_states
 
 
 @dataclass
 class Outcome:
-    """All that two runs have to agree in. Seconds alone may differ."""
+    """Everything that two runs have to agree in. Only the seconds may differ."""
 
     history: list[dict[str, Any]]
     metrics: list[dict[str, Any]]
@@ -31,22 +30,25 @@ class Outcome:
     randomness: dict[str, Any]
 
     def agrees(self, other: "Outcome") -> bool:
-        mine, theirs = (o.optimizer["state"] for o in (self, other))
         return (
             self.history == other.history
             and self.metrics == other.metrics
             and self.evaluated == other.evaluated
-            and self.adapter.keys() == other.adapter.keys()
-            and all(torch.equal(a, other.adapter[key]) for key, a in self.adapter.items())
+            and same_tensors(self.adapter, other.adapter)
             and self.optimizer["param_groups"] == other.optimizer["param_groups"]
-            and mine.keys() == theirs.keys()
+            and self.optimizer["state"].keys() == other.optimizer["state"].keys()
             and all(
-                torch.equal(value, theirs[i][key])
-                for i, held in mine.items()
-                for key, value in held.items()
+                same_tensors(state, other.optimizer["state"][i])
+                for i, state in self.optimizer["state"].items()
             )
             and self.randomness == other.randomness
         )
+
+
+def same_tensors(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return mine.keys() == theirs.keys() and all(
+        torch.equal(value, theirs[key]) for key, value in mine.items()
+    )
 
 
 def without_seconds(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -55,6 +57,7 @@ def without_seconds(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @contextmanager
 def optimizers() -> Iterator[list[torch.optim.Optimizer]]:
+    """Collects the optimizers that are made inside the block."""
     made: list[torch.optim.Optimizer] = []
     original = recipe.make_optimizer
 
@@ -69,7 +72,7 @@ def optimizers() -> Iterator[list[torch.optim.Optimizer]]:
 
 def run(config: FinetuneConfig) -> Outcome:
     with optimizers() as made:
-        result: Result = finetune(config)
+        result = finetune(config)
     lines = (result.out / "metrics.jsonl").read_text().splitlines()
     return Outcome(
         history=without_seconds([vars(step) for step in result.history]),
@@ -79,14 +82,14 @@ def run(config: FinetuneConfig) -> Outcome:
             n: p.detach().clone() for n, p in result.model.named_parameters() if p.requires_grad
         },
         optimizer=made[0].state_dict(),
-        randomness=resume.random_states(torch.device("cpu")),
+        randomness=random_states(torch.device("cpu")),
     )
 
 
 @contextmanager
 def in_step(step: int, act: Callable[[], Any], accum: int = 2) -> Iterator[None]:
     """Calls `act` in the last forward pass of a step (1, 2, ... of those that are run)."""
-    original, calls = recipe.token_losses, [0]
+    original, calls = loop.token_losses, [0]
 
     def token_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
         calls[0] += model.training
@@ -95,14 +98,21 @@ def in_step(step: int, act: Callable[[], Any], accum: int = 2) -> Iterator[None]
         return original(model, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "token_losses", token_losses)
+        patch.setattr(loop, "token_losses", token_losses)
         yield
 
 
 def interrupt(config: FinetuneConfig, step: int, number: int = signal.SIGINT) -> Interrupted:
+    """Runs until a signal arrives in a step, then seeds the generators as a new process would."""
     with in_step(step, lambda: signal.raise_signal(number)), pytest.raises(Interrupted) as caught:
         finetune(config)
-    random.seed(step)  # what another process would start with
+    random.seed(step)
     np.random.seed(step)
     torch.manual_seed(step)
     return caught.value
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file in a folder and its subfolders."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -1,4 +1,9 @@
-"""Runs the notebooks: `python tests/tools/notebooks.py` runs them all and stores their outputs; tests/project/test_notebooks.py compares."""
+"""Runs the notebooks and stores their outputs.
+
+    python tests/tools/notebooks.py [NOTEBOOK ...]
+
+tests/project/test_notebooks.py runs them again and compares.
+"""
 
 import os
 import re
@@ -11,8 +16,14 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
-LIMIT = 180  # seconds that a cell may take, on two cores
-DRIFT = 0.05  # of a measured number: bfloat16 products round otherwise on another processor, and a training goes another way
+
+# Seconds that a cell may take, on two cores.
+LIMIT = 400
+
+# By how much a measured number may differ, relatively: another processor rounds bfloat16 products
+# differently, and a training run then takes another path.
+DRIFT = 0.05
+
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?")
 
 
@@ -21,11 +32,10 @@ def paths() -> list[Path]:
 
 
 def execute(path: Path, where: Path) -> Any:
-    """The notebook with the outputs of a fresh run, in the working directory `where`. An error in a cell is raised."""
+    """The notebook with the outputs of a fresh run in the folder `where`; errors are raised."""
     notebook = nbformat.read(path, as_version=4)
-    quiet = os.environ | {
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1"
-    }  # transformers' bars are for who waits, not for who reads
+    # Progress bars are no use to somebody who reads the stored output.
+    quiet = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     where_it_runs = {"metadata": {"path": str(where)}}
     client = NotebookClient(
         notebook,
@@ -36,12 +46,16 @@ def execute(path: Path, where: Path) -> Any:
     )
     client.execute(env=quiet)
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)  # when it ran: another with every run
+        # The time at which it ran, which differs in every run.
+        cell.metadata.pop("execution", None)
     return notebook
 
 
 def printed(notebook: Any, tag: str) -> list[str]:
-    """What the cells with this tag print: "headline", what has to stay to the letter; "measured", what may drift a little."""
+    """What the cells with this tag print.
+
+    "headline" has to be reproduced exactly, the numbers of "measured" may differ by `DRIFT`.
+    """
     cells = [c for c in notebook.cells if tag in c.metadata.get("tags", [])]
     return [
         "".join(o.text for o in c.outputs if o.output_type == "stream" and o.name == "stdout")
@@ -50,7 +64,10 @@ def printed(notebook: Any, tag: str) -> list[str]:
 
 
 def drifted(expected: str, found: str) -> list[str]:
-    """The numbers that moved by more than DRIFT, "was -> is"; the whole text if anything but a number is another."""
+    """The numbers that differ by more than `DRIFT`, as "was -> is".
+
+    The whole text, if anything but a number differs.
+    """
     if NUMBER.sub("#", expected).split() != NUMBER.sub("#", found).split():
         return [f"{expected} -> {found}"]
     pairs = [(a, b) for a, b in zip(NUMBER.findall(expected), NUMBER.findall(found), strict=True)]
@@ -60,9 +77,8 @@ def drifted(expected: str, found: str) -> list[str]:
 
 def main() -> None:
     for path in [Path(name) for name in sys.argv[1:]] or paths():
-        with (
-            tempfile.TemporaryDirectory() as scratch
-        ):  # what a notebook writes is not left in the repository
+        # What a notebook writes is not left in the repository.
+        with tempfile.TemporaryDirectory() as scratch:
             notebook = execute(path, Path(scratch))
         nbformat.write(notebook, path)
         print(path.name)

@@ -31,7 +31,7 @@ def core_files() -> list[Path]:
 
 
 def library_files() -> list[Path]:
-    """Every source file of the product: `minilora/` (without the link to `kernels/`), `kernels/`."""
+    """Every source file of the library: `minilora/` without its link to `kernels/`; `kernels/`."""
     package = ROOT / "minilora"
     inside = [p for p in package.rglob("*.py") if "kernels" not in p.relative_to(package).parts]
     return sorted([*inside, *(ROOT / "kernels").rglob("*.py")])

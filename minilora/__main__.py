@@ -1,0 +1,5 @@
+"""`python -m minilora` is the command `minilora`."""
+
+from minilora.cli import main
+
+main()

@@ -1,0 +1,20 @@
+"""Numbers as a person reads them."""
+
+import pytest
+
+from minilora.reports.formatting import format_bytes
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (12_345_678, "12.3 MB"),
+        (5e9, "5.00 GB"),
+        (7e12, "7000.00 GB"),
+    ],
+)
+def test_bytes_have_the_unit_that_a_person_would_choose(n: float, text: str) -> None:
+    assert format_bytes(n) == text

@@ -1,0 +1,24 @@
+"""Made-up examples and metrics, for tests of training."""
+
+import dataclasses
+
+import torch
+
+from minilora.training.data import IGNORE, Example
+from minilora.training.loop import Step
+
+
+def random_examples(lengths: list[int], vocabulary: int = 128) -> list[Example]:
+    """One example per length; the loss covers the second half of its tokens."""
+    g = torch.Generator().manual_seed(0)
+    found = []
+    for n in lengths:
+        ids = torch.randint(0, vocabulary, (n,), generator=g).tolist()
+        found.append(Example(ids, [IGNORE] * (n // 2) + ids[n // 2 :]))
+    return found
+
+
+def made_up_step(step: int, **metrics: float) -> Step:
+    """A step with the given metrics; all others, whatever they are, are 1."""
+    values = {field.name: 1 for field in dataclasses.fields(Step)}
+    return Step(**(values | {"step": step} | metrics))  # type: ignore[arg-type]
