@@ -20,7 +20,11 @@ CORE_TESTS = ["test_lora.py", "test_layers.py", "test_targets.py", "test_merging
 # An editable install would find a deleted subpackage in the checkout that it was made from.
 NOT_INSTALLED = """
 import sys
-sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+
+def is_editable(finder):
+    return getattr(finder, "__module__", "").startswith("__editable__")
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if not is_editable(finder)]
 """
 
 

@@ -217,7 +217,7 @@ def loops(lines: list[tuple[int, str, str]]) -> list[list[str]]:
 
 
 def weights_per_thread(given: dict[str, Any], warps: int) -> float:
-    """Weights that a thread decodes: in the kernel, or in one iteration of its loop if it has one."""
+    """Weights that a thread decodes in the kernel, or in an iteration of its loop if it has one."""
     threads = 32 * warps
     if "WORDS" in given:
         return 8 * given["WORDS"] * given["TIMES"] / threads
