@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minilora
 
-.PHONY: demo test notebooks docs docs-serve test-site test-gpu test-triton-matrix lint soak bench bench-gpu clean help
+.PHONY: demo test notebooks docs docs-serve test-site test-gpu test-triton-matrix lint soak fuzz bench bench-gpu clean help
 
 help:
 	@echo "make demo   fine-tune a small language model on this machine, about five minutes; writes runs/demo/"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-triton-matrix  the same in the interpreter, and the compile gate, on triton 3.6.0 and the newest; outside CI"
 	@echo "make bench-gpu           speed of the Triton kernels against bitsandbytes and cuBLAS; says so where there is no GPU"
 	@echo "make soak   what is repeated long: random failures while saving; outside CI"
+	@echo "make fuzz   hostile inputs, about ten minutes; FULL=1: all of them, goes on where it stopped; FAMILY=name: one kind"
 	@echo "make bench  speed against bitsandbytes and dense PyTorch, in processes of their own"
 	@echo "make clean  remove .venv and what was built (the model in $(CACHE) stays)"
 
@@ -61,6 +62,9 @@ lint: .venv/dev
 
 soak: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m soak
+
+fuzz: .venv/dev .venv/demo
+	$(BIN)/python tests/tools/fuzz.py $(if $(FULL),--full) $(FAMILY)
 
 bench: .venv/dev
 	$(BIN)/python tests/bench/cpu.py
