@@ -87,7 +87,7 @@ audit: .venv/python
 
 # LOCKED=1: exactly the files whose hashes are in requirements/, and the PyTorch that this machine has.
 ifdef LOCKED
-INSTALL = PYTHONWARNINGS=ignore $(BIN)/pip install -q --no-deps --require-hashes -r requirements/dev.txt && \
+INSTALL = export PYTHONWARNINGS=ignore; $(BIN)/pip install -q --no-deps --require-hashes -r requirements/dev.txt && \
   $(BIN)/pip install -q torch && $(BIN)/pip install -q --no-deps --no-build-isolation -e .
 else
 INSTALL = PYTHONWARNINGS=ignore $(BIN)/pip install -q -e '.[$(1)]'
@@ -99,7 +99,7 @@ endif
 	  echo "Install one, or name it: make PYTHON=python3.12 demo" ; exit 1 ; }
 	@echo "== make .venv"
 	@$(PYTHON) -m venv .venv || { echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu, apt-get install python3-venv" ; exit 1 ; }
-	@$(BIN)/pip install -q --upgrade pip
+	@$(if $(LOCKED),:,$(BIN)/pip install -q --upgrade pip)
 	@touch $@
 
 .venv/demo: .venv/python pyproject.toml
