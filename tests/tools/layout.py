@@ -27,17 +27,7 @@ CORE = (
 
 # The same files in the order in which they import each other: each only from those before it.
 # `lora` needs nothing but PyTorch; `ops` is read last, and stands between `nf4` and the kernels.
-IMPORT_ORDER = (
-    "lora",
-    "ops",
-    "nf4",
-    "functional",
-    "layers",
-    "targets",
-    "bypass",
-    "surgery",
-    "merging",
-)
+IMPORT_ORDER = ("lora", "ops", *CORE[1:-1])
 
 REFERENCE, CPU, GPU = "kernels.reference", "kernels.cpu", "kernels.gpu"
 KERNELS = {REFERENCE, CPU, GPU}
