@@ -364,7 +364,7 @@ def pages() -> Picture:
 
 CENTRE = WIDE / 2
 SIDE_WIDTH = 156
-LEFT_SIDE, RIGHT_SIDE = ("huggingface", "files"), ("reports", "optim")
+LEFT_SIDE, RIGHT_SIDE = ("reports", "huggingface", "files"), ("optim",)
 ROW, ROW_HEIGHT, ROW_WIDTH = 52, 38, 204
 
 
@@ -374,8 +374,8 @@ DRAWABLE = {
     ("training", "core"),
     *(("training", name) for name in (*LEFT_SIDE, *RIGHT_SIDE)),
     *((name, "core") for name in (*LEFT_SIDE, *RIGHT_SIDE)),
-    LEFT_SIDE,
-    RIGHT_SIDE,
+    *pairwise(LEFT_SIDE),
+    *pairwise(RIGHT_SIDE),
 }
 
 
@@ -483,10 +483,11 @@ def import_past(p: Picture, start: Panel, end: Panel, track: int) -> None:
 
 def draw_sides(p: Picture, panel: Panel) -> None:
     """The subpackages at both sides of the core."""
-    height, ys = 74, (panel.y + 74, panel.y + 244)
     columns = ((LEFT_SIDE, 28.0, -1), (RIGHT_SIDE, WIDE - 28.0 - SIDE_WIDTH, 1))
     for names, x, side in columns:
-        boxes = {name: Panel(x, y, SIDE_WIDTH, height) for name, y in zip(names, ys, strict=True)}
+        boxes = {
+            name: Panel(x, panel.y + 74 + 130 * i, SIDE_WIDTH, 74) for i, name in enumerate(names)
+        }
         draw_side_arrows(p, panel, boxes, side)
         for name, box in boxes.items():
             unit_box(p, box, "x", f"{name}/", SUBPACKAGES[name])
@@ -495,18 +496,22 @@ def draw_sides(p: Picture, panel: Panel) -> None:
 def draw_side_arrows(p: Picture, panel: Panel, boxes: dict[str, Panel], side: int) -> None:
     """From training into the boxes of one side, from box to box, and from a box into the core."""
     arrows = outer_arrows()
-    (upper, first), (lower, second) = boxes.items()
     from_training = panel.right if side > 0 else panel.x
-    middle = first.x + SIDE_WIDTH / 2
-    if upper in arrows["training"]:
-        p.arrow((from_training, 166), (middle, 166), (middle, first.y))
-    if lower in arrows["training"]:
-        outside = WIDE - 12 if side > 0 else 12
-        edge = second.right if side > 0 else second.x
-        y = second.y + second.height / 2
-        p.arrow((from_training, 150), (outside, 150), (outside, y), (edge, y))
-    if lower in arrows[upper]:
-        p.arrow((middle, first.bottom), (middle, second.y))
+    for i, (name, box) in enumerate(boxes.items()):
+        if name not in arrows["training"]:
+            continue
+        middle = box.x + SIDE_WIDTH / 2
+        if i == 0:
+            p.arrow((from_training, 166), (middle, 166), (middle, box.y))
+        else:
+            outside = WIDE - 12 if side > 0 else 12
+            edge = box.right if side > 0 else box.x
+            y = box.y + box.height / 2
+            p.arrow((from_training, 150), (outside, 150), (outside, y), (edge, y))
+    for (upper, first), (lower, second) in pairwise(boxes.items()):
+        if lower in arrows[upper]:
+            middle = first.x + SIDE_WIDTH / 2
+            p.arrow((middle, first.bottom), (middle, second.y))
     for name, box in boxes.items():
         if "core" in arrows[name]:
             start, end = (box.x, panel.right) if side > 0 else (box.right, panel.x)

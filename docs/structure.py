@@ -70,7 +70,8 @@ def imported(unit: str) -> set[str]:
                 names |= {alias.name.removeprefix("minilora.") for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 names |= imported_from(node)
-        names |= {f"kernels.{folder}" for folder in re.findall(r'_kernel\(\s*"(\w+)"', text)}
+        for backends in re.findall(r"_backends = {(.*)}", text):
+            names |= {f"kernels.{folder}" for folder in re.findall(r': "(\w+)"', backends)}
     return {owner for name in names if (owner := owner_of(name)) and owner != unit}
 
 

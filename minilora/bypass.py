@@ -24,11 +24,9 @@ def check_called(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     inside = {id(child) for attention in attentions for child in attention.children()}
     for name, layer in layers.items():
         if id(layer) in inside:
-            raise TypeError(
-                f"{name} is part of nn.MultiheadAttention, which reads its weight and never calls "
-                "it: the layer would be bypassed silently. Leave it out: "
-                f"exclude=({name.rpartition('.')[2]!r},)"
-            )
+            part = f"{name} is part of nn.MultiheadAttention, which reads its weight"
+            way_out = f"leave it out with exclude=({name.rpartition('.')[2]!r},)"
+            raise TypeError(f"{part} and never calls it: {way_out}")
 
 
 def guard_fused_encoders(model: nn.Module) -> None:
@@ -41,11 +39,8 @@ def guard_fused_encoders(model: nn.Module) -> None:
         for kind, (attribute, off) in FUSED_ENCODER.items():
             if not isinstance(module, kind):
                 continue
-            ours = any(isinstance(m, LoRALayer | NF4Linear) for m in module.modules())
-            switched_off = hasattr(module, "_minilora_fused")
-            if ours and not switched_off:
+            if "_minilora_fused" in vars(module):
+                setattr(module, attribute, vars(module).pop("_minilora_fused"))
+            if any(isinstance(m, LoRALayer | NF4Linear) for m in module.modules()):
                 module._minilora_fused = getattr(module, attribute)
                 setattr(module, attribute, off)
-            elif switched_off and not ours:
-                setattr(module, attribute, module._minilora_fused)
-                del module._minilora_fused

@@ -4,13 +4,16 @@ The options of `finetune` are the fields of `FinetuneConfig`; their help is its 
 commands reuse the texts.
 """
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import os
 import re
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -45,10 +48,18 @@ OPTION_TYPES: dict[Any, Any] = {str | Sequence[str]: str}
 
 Model = Annotated[str, typer.Option(help=TEXTS["model"])]
 Adapter = Annotated[str, typer.Option(help="Folder of an adapter, minilora's or PEFT's.")]
-Quantize = Annotated[bool, typer.Option(help=TEXTS["quantize"])]
-Device = Annotated[
-    str | None, typer.Option(help="Device: cpu or cuda (default: GPU if available).")
+Quantize = Annotated[
+    bool | None,
+    typer.Option(
+        help="Quantize the base model to 4-bit NormalFloat, or do not (default: as the adapter "
+        "was trained; without an adapter, and where its file does not say, the base stays dense)."
+    ),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Device: cpu, cuda or mps (default: cuda if available, else cpu)."),
+]
+TrustRemoteCode = Annotated[bool, typer.Option(help=TEXTS["trust_remote_code"])]
 Targets = Annotated[str, typer.Option(help=TEXTS["targets"])]
 Rank = Annotated[int, typer.Option(help=TEXTS["r"])]
 Seed = Annotated[int, typer.Option(help=TEXTS["seed"])]
@@ -125,16 +136,15 @@ def generate(
         str | None, typer.Option(help="Folder of an adapter (default: none, the base model alone).")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 128,
-    quantize: Quantize = True,
+    quantize: Quantize = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Generate an answer to a prompt with greedy decoding."""
     from minilora.huggingface.generation import generate as answer
-    from minilora.huggingface.loading import load_dense, pick_device
 
-    base, tokenizer = load_dense(model, device=pick_device(device))
-    base = _with_adapter(base, adapter, quantize)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_prompt(prompt)
+    base, tokenizer = _load(model, adapter, quantize, device, trust_remote_code)
     print(answer(base, tokenizer, text, limit=max_new_tokens))
 
 
@@ -143,25 +153,24 @@ def merge(
     model: Model,
     adapter: Adapter,
     out: Annotated[str, typer.Option(help="Output folder; it must not exist yet.")],
-    quantize: Quantize = True,
+    quantize: Quantize = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Merge an adapter into its base and save an ordinary transformers model.
 
-    With --quantize, the adapter is added to the base that it was trained on, quantized to NF4 and
-    dequantized again. With --no-quantize, it is added to the original base.
+    The base is what the adapter was trained on: quantized to NF4 and dequantized again, or dense.
+    With --quantize or --no-quantize it is what you say.
     """
-    from minilora.files.atomic import atomic_folder
-    from minilora.huggingface.loading import load_dense
+    from minilora.huggingface.provenance import Merged, choose_base, mark_merged
+    from minilora.huggingface.saving import check_new_folder, save_model
     from minilora.merging import merge as run
 
-    folder = Path(out)
-    if folder.exists():
-        raise ValueError(f"{folder} already exists: choose another --out, or remove it")
-    base, tokenizer = load_dense(model)
-    merged = run(_with_adapter(base, adapter, quantize))
-    with atomic_folder(folder) as temporary:
-        merged.save_pretrained(temporary)  # type: ignore[operator]
-        tokenizer.save_pretrained(temporary)
+    folder = check_new_folder(out)
+    quantized = choose_base(adapter, quantize).quantize is not None
+    base, tokenizer = _load(model, adapter, quantize, "cpu", trust_remote_code)
+    merged = run(base)
+    mark_merged(merged, Merged(model, adapter, quantized))
+    save_model(merged, tokenizer, folder)
     print(f"merged model saved in {folder}/")
 
 
@@ -170,33 +179,160 @@ def plan(
     model: Model,
     r: Rank = 16,
     targets: Targets = "all-linear",
-    quantize: Quantize = True,
+    quantize: Annotated[bool | None, typer.Option(help=TEXTS["quantize"])] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show which layers get adapters and how much memory a run needs (reads only the config)."""
     from minilora.huggingface.bundled import DEMO_MODEL, bundled_model_folder
+    from minilora.huggingface.model_folder import read_config
+    from minilora.huggingface.provenance import decide_quantize
     from minilora.reports.planning import plan as run
 
     source = bundled_model_folder() if model == DEMO_MODEL else model
-    quantized = "all-linear" if quantize else False
-    print(run(source, r, targets=parse_targets(targets), quantize=quantized))
+    quantized = decide_quantize(quantize, read_config(source, trust_remote_code), model)
+    print(
+        run(
+            source,
+            r,
+            targets=parse_targets(targets),
+            quantize="all-linear" if quantized else False,
+            trust_remote_code=trust_remote_code,
+        )
+    )
 
 
-def _with_adapter(model: "nn.Module", adapter: str | None, quantize: bool) -> "nn.Module":
+def _load(
+    model: str, adapter: str | None, quantize: bool | None, device: str | None, trust: bool
+) -> tuple["nn.Module", Any]:
+    """The base as the adapter was trained on it, with the adapter, and its tokenizer."""
     from minilora.files.adapters import load_adapter
+    from minilora.huggingface.loading import load_dense, pick_device
+    from minilora.huggingface.provenance import choose_base
     from minilora.training.progress import quantize_with_progress
 
-    if quantize:
-        quantize_with_progress(model)
-    return model if adapter is None else load_adapter(model, adapter)
+    choice = choose_base(adapter, quantize)
+    if choice.note:
+        _say(f"note: {choice.note}")
+    base, tokenizer = load_dense(model, device=pick_device(device), trust_remote_code=trust)
+    if choice.quantize is not None:
+        quantize_with_progress(base, **choice.quantize)
+    if adapter is not None:
+        load_adapter(base, adapter, other_base=choice.other_base)
+    return base, tokenizer
+
+
+def _read_prompt(prompt: str) -> str:
+    """The prompt, or standard input for '-'; it has to be text."""
+    name, text = "--prompt", prompt.encode(errors="surrogateescape")
+    if prompt == "-":
+        if sys.stdin is None:
+            raise ValueError("--prompt -: standard input is closed")
+        name, text = "standard input", sys.stdin.buffer.read()
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: {error}") from error
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """LoRA and QLoRA: fine-tune a language model, try it, merge it."""
+    if isinstance(context.obj, _Invocation):
+        context.obj.debug = debug
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@dataclasses.dataclass
+class _Invocation:
+    """What one call of the command was asked for before its command."""
+
+    debug: bool = False
+
+
+# Of sysexits.h: an error inside the program, which is not the user's.
+INTERNAL_ERROR = 70
+
+# Errors that say what to do; any other one is a defect of minilora.
+EXPECTED = (ValueError, TypeError, OSError, FloatingPointError)
+
+LONGEST_MESSAGE = 3000
 
 
 def main() -> None:
-    """Runs the command line. An expected error is one line and exit code 1, not a traceback."""
-    if not sys.stderr.isatty():
+    """Runs the command line. An error is one line and an exit code; --debug adds a traceback."""
+    _prepare_output()
+    invocation = _Invocation()
+    code = None
+    try:
+        try:
+            code = app(obj=invocation, standalone_mode=False)
+        finally:
+            # Not at exit, where an error could no longer be shown.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        sys.exit(1)
+    except Exception as error:
+        if invocation.debug:
+            traceback.print_exc()
+        text, code = describe(error)
+        _say(text)
+        _discard_output()
+    sys.exit(code)
+
+
+def describe(error: Exception) -> tuple[str, int]:
+    """Returns the line that a user sees for an error, and the exit code."""
+    if hasattr(error, "format_message") and hasattr(error, "ctx"):
+        return _describe_usage(error)
+
+    # Of PyTorch: a RuntimeError of this name, or one that only its text tells apart.
+    no_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if no_memory or "can't allocate memory" in str(error):
+        return f"out of memory: {error or 'the system gives no more'}; see `minilora plan`", 1
+    if isinstance(error, EXPECTED) and str(error):
+        return str(error), 1
+    return (
+        f"internal error: {error!r}. This is a defect of minilora: please report it with what "
+        "`minilora --debug ...` prints",
+        INTERNAL_ERROR,
+    )
+
+
+def _describe_usage(error: Any) -> tuple[str, int]:
+    """The same for one of typer's errors: an option that is missing, unknown or misspelt."""
+    command = error.ctx.command_path if error.ctx else "minilora"
+    return f"{error.format_message()} (see `{command} --help`)", error.exit_code
+
+
+def _say(text: str) -> None:
+    """Prints one line to standard error; what controls a terminal is escaped."""
+    from minilora.huggingface.messages import one_line
+
+    if sys.stderr is not None:
+        print(f"minilora: {one_line(text, LONGEST_MESSAGE)}", file=sys.stderr)
+
+
+def _prepare_output() -> None:
+    """One line per warning, no progress bars in files, and text that any terminal can show."""
+    if sys.stderr is None or not sys.stderr.isatty():
         # The progress bars of transformers.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        app()
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        print(f"minilora: {error}", file=sys.stderr)
-        sys.exit(1)
+    # Their warnings are for programmers; what a user has to know is checked here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """Makes sure that what could not be written is not written again at exit."""
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

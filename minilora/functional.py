@@ -38,8 +38,7 @@ class _NF4Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: NF4Weight, bias: Tensor | None) -> Tensor:
         ctx.w = w
-        y: Tensor = ops.nf4_linear(x, w, bias)
-        return y
+        return ops.nf4_linear(x, w, bias)
 
     @staticmethod
     @once_differentiable
@@ -56,13 +55,12 @@ class _NF4LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: NF4Weight, A: Tensor, B: Tensor, scale: float, bias: Tensor | None
+        ctx: Any, x: Tensor, w: NF4Weight, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
     ) -> Tensor:
         z = x @ A.T  # [M, r]
         ctx.save_for_backward(x, A, B, z)
         ctx.w, ctx.scale = w, scale
-        y: Tensor = ops.nf4_lora_linear(x, w, bias, z, B, scale)
-        return y
+        return ops.nf4_lora_linear(x, w, bias, z, B, scale)
 
     @staticmethod
     @once_differentiable
@@ -70,14 +68,14 @@ class _NF4LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, A, B, z = ctx.saved_tensors
         w, scale = ctx.w, ctx.scale
-        needs_dx, _, needs_dA, needs_dB, _, needs_dbias = ctx.needs_input_grad
+        needs_dx, _, needs_dbias, needs_dA, needs_dB, _ = ctx.needs_input_grad
 
         u = dy @ B  # [M, r]
         dx = ops.nf4_lora_linear_backward(dy, w, u, A, scale) if needs_dx else None
+        dbias = dy.sum(0) if needs_dbias else None
         dA = (u.T @ x).mul_(scale) if needs_dA else None
         dB = (dy.T @ z).mul_(scale) if needs_dB else None
-        dbias = dy.sum(0) if needs_dbias else None
-        return dx, None, dA, dB, None, dbias
+        return dx, None, dbias, dA, dB, None
 
 
 def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -98,13 +96,7 @@ def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
         >>> nf4_linear(torch.randn(2, 5, 64), w).shape
         torch.Size([2, 5, 32])
     """
-    _check(x, w)
-    x = _autocast(x)
-    bias = None if bias is None else bias.to(x.dtype)
-
-    rows = x.reshape(-1, x.shape[-1])  # [M, I]
-    y: Tensor = _NF4Linear.apply(rows, w, bias)  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return _product(_NF4Linear, x, w, bias)
 
 
 def lora_linear(
@@ -135,37 +127,25 @@ def lora_linear(
         >>> bool((lora_linear(x, W, A, B, scale=2.0) == x @ W.T).all())  # B = 0: no update yet
         True
     """
-    if dropout or not isinstance(base, NF4Weight):
-        y = nf4_linear(x, base, bias) if isinstance(base, NF4Weight) else F.linear(x, base, bias)
-        return y + _low_rank(F.dropout(x, dropout), A, B, scale)
+    if isinstance(base, NF4Weight) and not dropout:
+        return _product(_NF4LoRALinear, x, base, bias, A, B, scale)
 
-    _check(x, base)
-    x = _autocast(x)
-    bias = None if bias is None else bias.to(x.dtype)
-
-    rows = x.reshape(-1, x.shape[-1])  # [M, I]
-    arguments = rows, base, A.to(x.dtype), B.to(x.dtype), scale, bias
-    out: Tensor = _NF4LoRALinear.apply(*arguments)  # type: ignore[no-untyped-call]
-    return out.view(*x.shape[:-1], out.shape[-1])
+    y = nf4_linear(x, base, bias) if isinstance(base, NF4Weight) else F.linear(x, base, bias)
+    z = F.dropout(x, dropout) @ A.to(x.dtype).T
+    return y + scale * z @ B.to(x.dtype).T
 
 
-def _low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """s (x A^T) B^T, in x's dtype."""
-    return scale * (x @ A.to(x.dtype).T) @ B.to(x.dtype).T
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """x in the dtype that nn.functional.linear would compute in under the autocast in force."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
-
-
-def _check(x: Tensor, w: NF4Weight) -> None:
+def _product(function: Any, x: Tensor, w: NF4Weight, *rest: Any) -> Tensor:
+    """Applies the function to the rows of x, in the dtype that F.linear would compute in."""
     if len(w.shape) != 2 or x.shape[-1:] != w.shape[1:]:
-        raise ValueError(
-            f"x {tuple(x.shape)} does not fit an NF4 weight {tuple(w.shape)}: "
-            "x must be [..., in], the weight [out, in]"
-        )
+        sizes = f"x {tuple(x.shape)} does not fit an NF4 weight {tuple(w.shape)}"
+        raise ValueError(f"{sizes}: x must be [..., in], the weight [out, in]")
     if x.dtype not in DTYPES:
         raise TypeError(f"x is {x.dtype}: it must be float32, bfloat16, float16 or float64")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+
+    rows = x.reshape(-1, x.shape[-1])  # [M, I]
+    rest = tuple(t.to(x.dtype) if isinstance(t, Tensor) else t for t in rest)
+    y: Tensor = function.apply(rows, w, *rest)
+    return y.view(*x.shape[:-1], y.shape[-1])

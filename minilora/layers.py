@@ -13,15 +13,23 @@ weights silently.
 import functools
 import inspect
 import types
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from minilora.functional import lora_linear, nf4_linear
 from minilora.kernels.reference.codebooks import CODEBOOKS
 from minilora.lora import LoRA, LoRALayer, LoRALinear, check_layer
-from minilora.nf4 import DTYPES, NF4Weight, quantize_nf4
+from minilora.nf4 import DTYPES, PARTS, NF4Weight, quantize_nf4
+
+# With the parameters of PARTS, what takes the place of `weight`.
+_FORMAT = ("nf4_layout", "weight_dtype", "block_size", "quant_type", "compute_dtype")
+
+# What a subclass of nn.Linear may define and quantizing may forget.
+_FORGOTTEN = {"__init__", "__repr__", "extra_repr", "reset_parameters"}
 
 
 class NF4Linear(nn.Module):
@@ -38,8 +46,6 @@ class NF4Linear(nn.Module):
         (torch.Size([5, 32]), torch.float32)
     """
 
-    in_features: int
-    out_features: int
     bias: nn.Parameter | None
     packed: nn.Parameter
     absmax: nn.Parameter
@@ -62,7 +68,7 @@ class NF4Linear(nn.Module):
         self.quant_type = weight.quant_type
         self.compute_dtype = compute_dtype
 
-        for name in ("packed", "absmax", "absmax2", "offset"):
+        for name in PARTS:
             self.register_parameter(name, _to_parameter(getattr(weight, name)))
         self.register_parameter("bias", bias)
         self.register_buffer("nf4_layout", _layout(weight))
@@ -84,17 +90,10 @@ class NF4Linear(nn.Module):
     @property
     def weight(self) -> NF4Weight:
         """The quantized weight, sharing this layer's memory."""
-        absmax2, offset = _to_floats(self.absmax2), _to_floats(self.offset)
-        return NF4Weight(
-            packed=self.packed,
-            absmax=self.absmax if absmax2 is not None else _to_floats(self.absmax),
-            absmax2=absmax2,
-            offset=None if offset is None else offset.view(()),
-            shape=torch.Size((self.out_features, self.in_features)),
-            dtype=self.weight_dtype,
-            block_size=self.block_size,
-            quant_type=self.quant_type,
-        )
+        packed, absmax, absmax2, offset = (_to_floats(getattr(self, name)) for name in PARTS)
+        tensors = packed, absmax, absmax2, None if offset is None else offset.view(())
+        shape = torch.Size((self.out_features, self.in_features))
+        return NF4Weight(*tensors, shape, self.weight_dtype, self.block_size, self.quant_type)
 
     def forward(self, x: Tensor) -> Tensor:
         y = nf4_linear(x.to(self.compute_dtype or x.dtype), self.weight, self.bias)
@@ -107,15 +106,35 @@ class NF4Linear(nn.Module):
         return f"{size}, {self.quant_type}, {bits:.3f} bits per weight"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Refuses a state dict made for another shape, dtype, block size or codebook."""
-        *_, errors = args
-        found, expected = state_dict.get(prefix + "nf4_layout"), self.get_buffer("nf4_layout")
-        comparable = found is not None and found.shape == expected.shape and not expected.is_meta
-        if not comparable or torch.equal(found.cpu(), expected.cpu()):
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            return
-        there, here = _describe(found), _describe(expected)
-        errors.append(f"{prefix}nf4_layout: the state dict holds {there}, the model {here}")
+        """Loads all parts of the weight, or none and says which does not fit."""
+        own = {"nf4_layout": _layout(self.weight)}
+        own |= {n: t for n in (*PARTS, "bias") if (t := getattr(self, n)) is not None}
+        found = {n: state_dict[prefix + n] for n in own if prefix + n in state_dict}
+
+        # PyTorch reports a bias, or a whole layer, that is missing.
+        for n in own if found.keys() - {"bias"} else ():
+            here = _describe(n, own[n], may_be_meta=True)
+            there = _describe(n, found.get(n), may_be_meta=self.packed.is_meta)
+            if there != here and (n != "bias" or n in found):
+                args[-1].append(f"{prefix}{n}: the state dict holds {there}, the model {here}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _describe(name: str, t: Any, may_be_meta: bool) -> str:
+    """What a part of a layer's state is: equal for parts that can replace each other."""
+    if not isinstance(t, Tensor):
+        return "nothing" if t is None else f"a {type(t).__name__}"
+    if t.is_meta and not may_be_meta:
+        return "no values (a tensor on the meta device)"
+    if name == "nf4_layout" and t.shape == (5,) and not t.is_meta:
+        o, i, dtype, block_size, codebook = t.tolist()
+        dtype = dict(enumerate(DTYPES)).get(dtype, dtype)
+        codebook = dict(enumerate(CODEBOOKS)).get(codebook, codebook)
+        return f"a [{o}, {i}] weight of {dtype} in {codebook}, in blocks of {block_size}"
+    kind = "floats" if name == "bias" and t.is_floating_point() else t.dtype
+    infinite = t.dtype == torch.int32 and not t.is_meta and not _to_floats(t).isfinite().all()
+    return f"{tuple(t.shape)} of {kind}" + (", with NaN or infinity" if infinite else "")
 
 
 def _to_parameter(t: Tensor | None) -> nn.Parameter | None:
@@ -126,20 +145,15 @@ def _to_parameter(t: Tensor | None) -> nn.Parameter | None:
     return nn.Parameter(bits.reshape(-1), requires_grad=False)
 
 
-def _to_floats(bits: Tensor | None) -> Any:
-    return None if bits is None else bits.view(torch.float32)
+def _to_floats(t: Any) -> Any:
+    """The other way: int32 bit patterns as floats, and all else as it is."""
+    return t.view(torch.float32) if isinstance(t, Tensor) and t.dtype == torch.int32 else t
 
 
 def _layout(w: NF4Weight) -> Tensor:
     """Shape, dtype, block size and codebook, as integers that a state dict holds."""
     codebook = list(CODEBOOKS).index(w.quant_type)
     return torch.tensor([*w.shape, DTYPES.index(w.dtype), w.block_size, codebook])
-
-
-def _describe(layout: Tensor) -> str:
-    o, i, dtype, block_size, codebook = layout.tolist()
-    kind = list(CODEBOOKS)[codebook]
-    return f"a [{o}, {i}] weight of {DTYPES[dtype]} in {kind}, in blocks of {block_size}"
 
 
 class QLoRALinear(LoRALayer, NF4Linear):
@@ -158,33 +172,64 @@ class QLoRALinear(LoRALayer, NF4Linear):
     def forward(self, x: Tensor) -> Tensor:
         h = x.to(self.compute_dtype or x.dtype)
         adapters: list[Any] = [self.adapters[name] for name in self.active]
-        if len(adapters) == 1 and _can_be_fused(adapters[0]):
+        # The term of a single plain adapter is added in the same pass over y.
+        if [type(adapter) for adapter in adapters] == [LoRA]:
             lora = adapters[0]
-            y = lora_linear(h, self.weight, lora.A, lora.B, lora.scale, self.bias)
+            dropout = lora.dropout if lora.training else 0.0
+            y = lora_linear(h, self.weight, lora.A, lora.B, lora.scale, self.bias, dropout)
         else:
             y = super().forward(h)
         return y if self.compute_dtype is None else y.to(x.dtype)
 
 
-def _can_be_fused(adapter: nn.Module) -> bool:
-    """A plain adapter without dropout: its term is added in the same pass over y."""
-    return type(adapter) is LoRA and not (adapter.training and adapter.dropout)
-
-
 def adapter_class(layer: nn.Module, layer_name: str = "") -> type[LoRALayer]:
     """The class that `layer` has with adapters. A subclass of `LoRALayer` adds a kind of layer.
 
-    Raises:
-        TypeError: there is none, or an adapter cannot change what the layer computes.
+    Raises TypeError if there is none, or if an adapter cannot change what the layer computes.
     """
     if isinstance(layer, LoRALayer):
         return type(layer)
     kinds: list[Any] = LoRALayer.__subclasses__()
     kind = next((k for k in kinds if isinstance(layer, k.base_class)), LoRALinear)
     check_layer(layer, kind.base_class, layer_name)
-    base_class: Any = type(layer)
-    found: type[LoRALayer] = _subclass(kind, base_class)
+    with_adapters = functools.partial(_subclass, kind)
+    return check_change(layer, layer_name, with_adapters, ("adapters", "active"))
+
+
+def check_quantizable(layer: Any, layer_name: str) -> None:
+    """Raises TypeError, with the layer's name, if an NF4Linear could not stand for the layer."""
+    check_layer(layer, nn.Linear, layer_name)
+    check_change(layer, layer_name, lambda _: NF4Linear, (*PARTS, *_FORMAT))
+    for base in type(layer).__mro__[: type(layer).__mro__.index(nn.Linear)]:
+        for name in sorted(vars(base).keys() - _FORGOTTEN):
+            if callable(getattr(nn.Linear, name, None)) and name != "__class__":
+                _refuse(layer, layer_name, f"has a {name} of its own")
+
+
+def check_change(
+    layer: Any, layer_name: str, other: Callable[[Any], Any], taken: Sequence[str]
+) -> type[Any]:
+    """The class other(type(layer)). Raises TypeError unless the layer can become one of it."""
+    weight, bias, size = layer.weight, layer.bias, (layer.out_features, layer.in_features)
+    if is_lazy(weight):
+        _refuse(layer, layer_name, "has no size yet, until the model has run once")
+    if weight is None or weight.dtype not in DTYPES:
+        _refuse(layer, layer_name, f"has a weight of {getattr(weight, 'dtype', None)}")
+    if weight.shape != size or (bias is not None and bias.shape != size[:1]):
+        _refuse(layer, layer_name, f"says that it is {size}, but its weight or bias is not")
+    if clash := [n for n in taken if hasattr(layer, n)]:
+        _refuse(layer, layer_name, f"has a {clash[0]!r} already")
+    try:
+        found: type[Any] = other(type(layer))
+        object.__new__(type(layer)).__class__ = found
+    except Exception as error:
+        _refuse(layer, layer_name, f"cannot change its class ({error})")
     return found
+
+
+def _refuse(layer: Any, layer_name: str, reason: str) -> NoReturn:
+    at = f"{layer_name or 'the layer'} ({type(layer).__name__})"
+    raise TypeError(f"{at} {reason}: leave it out with exclude=")
 
 
 @functools.cache
@@ -224,12 +269,15 @@ def remove_adapter(layer: LoRALayer, name: str) -> None:
         change_class(layer, layer.base_class)
 
 
-def become(layer: nn.Module, new: nn.Module) -> None:
-    """Makes `layer` what `new` is, in its place in the model: class, parameters, buffers."""
+def become(layer: Any, new: nn.Module) -> None:
+    """Makes `layer` what `new` is, in its place in the model. What is not the weight's stays."""
     change_class(layer, type(new))
-    for name, value in vars(new).items():
-        if name in ("_parameters", "_buffers") or not name.startswith("_"):
-            vars(layer)[name] = value
+    for name in (*_FORMAT, "weight", *PARTS):
+        for held in (vars(layer), layer._buffers, layer._parameters):
+            held.pop(name, None)
+    layer._parameters = {**new._parameters, **layer._parameters}
+    layer._buffers = {**new._buffers, **layer._buffers}
+    vars(layer).update({n: v for n, v in vars(new).items() if not n.startswith("_")})
 
 
 def change_class(layer: nn.Module, cls: type[nn.Module]) -> None:

@@ -1,18 +1,17 @@
 r"""LoRA: train a low-rank update of a frozen layer (Hu et al. 2021, arXiv:2106.09685).
 
-A linear layer computes y = W x. Full fine-tuning learns a new W: as many numbers as the old one.
-LoRA freezes W and learns the *difference* as a product of two thin matrices:
+Full fine-tuning of a linear layer y = W x learns a new W: as many numbers as the old one. LoRA
+freezes W and learns the *difference* as a product of two thin matrices:
 
     y = W x + s B A x        A [r, in]    B [out, r]    s = alpha / r
 
-Why it is enough: fine-tuning changes W by a matrix of low "intrinsic rank" (section 7).
+Why it is enough: fine-tuning changes W by a matrix of low "intrinsic rank" (section 7). A starts
+Gaussian and B at zero, so before the first step the layer computes exactly what it did. After
+training, s B A can be added to W (`merging.py`), and inference costs nothing extra.
 
 What it costs: for a 4096 x 4096 layer and r = 8, A and B are 65,536 trainable numbers in place of
-16.8 million, 0.4 %. Gradients and optimizer states exist for A and B alone, which is where the
-memory goes in training. W has to be there all the same; QLoRA holds it in 4 bits (`nf4.py`).
-
-A starts Gaussian and B at zero, so before the first step the layer computes exactly what it did.
-After training, s B A can be added to W (`merging.py`), and inference costs nothing extra.
+16.8 million, 0.4 %, and gradients and optimizer states exist for them alone. W has to be there all
+the same; QLoRA holds it in 4 bits (`nf4.py`).
 
 How it is built: an adapter is an object of its own (`LoRA`), and a layer that carries adapters is
 still the same layer. `minilora.inject` changes the layer's *class*, from `nn.Linear` to
@@ -80,8 +79,7 @@ class LoRA(nn.Module):
     @classmethod
     def for_layer(cls: type[Adapter], layer: Any, r: int = 8, **options: Any) -> Adapter:
         """An adapter for a linear layer, on its device. A variant may read the layer's weight."""
-        device = layer.weight.device
-        return cls(layer.in_features, layer.out_features, r, device=device, **options)
+        return cls(layer.in_features, layer.out_features, r, device=layer.weight.device, **options)
 
     @property
     def scale(self) -> float:
@@ -137,7 +135,6 @@ class LoRALayer(nn.Module):
             if name not in ("forward", "_old_forward", "_hf_hook"):
                 vars(self)[name] = copy.copy(value) if isinstance(value, dict) else value
         self.requires_grad_(False)
-
         adapter = LoRA.for_layer(self, r, **options)
         self.adapters = nn.ModuleDict({"default": adapter.train(base.training)})
         self.active = ("default",)
@@ -173,8 +170,8 @@ def check_options(
     in_features: int, out_features: int, r: int, alpha: float | None, dropout: float, name: str
 ) -> None:
     """Raises ValueError unless the layer `name`, of this size, can have such an adapter."""
-    at = f"{name}: " if name else ""
-    size, largest = f"[{out_features}, {in_features}]", min(in_features, out_features)
+    at, size = f"{name}: " if name else "", f"[{out_features}, {in_features}]"
+    largest = min(in_features, out_features)
     if not isinstance(r, int) or not 1 <= r <= largest:
         raise ValueError(f"{at}r={r}: the rank for {size} is a whole number from 1 to {largest}")
     if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
@@ -192,9 +189,12 @@ def check_layer(layer: Any, base_class: type[nn.Module], layer_name: str = "") -
         raise TypeError(f"{at} is not a linear layer: this adapter is for {base_class.__name__}")
 
     # accelerate's hooks keep the layer's own forward in `_old_forward`.
-    forward = vars(layer).get("_old_forward", layer.forward)
-    if getattr(forward, "__func__", None) is not base_class.forward:
-        raise TypeError(f"{at} has a forward of its own: leave it out with exclude=")
-    computed = isinstance(layer.weight, Tensor) and "weight" not in layer._parameters
-    if computed or "bias" not in layer._parameters:
+    forward, kind = vars(layer).get("_old_forward", layer.forward), type(layer)
+    calls = "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__setattr__"
+    own = [n for n in calls if n in vars(layer) or getattr(kind, n) is not getattr(base_class, n)]
+    if own or getattr(forward, "__func__", None) is not base_class.forward:
+        raise TypeError(f"{at} has a {[*own, 'forward'][0]} of its own: leave it out with exclude=")
+    weight, stored = layer.weight, layer._parameters
+    computed = isinstance(weight, Tensor) and weight is not stored.get("weight")
+    if computed or layer.bias is not stored.get("bias"):
         raise TypeError(f"{at} is parametrized: remove the parametrization, or exclude the layer")

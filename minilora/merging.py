@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from minilora.bypass import guard_fused_encoders
 from minilora.layers import NF4Linear, become, remove_adapter
-from minilora.lora import LoRALayer
-from minilora.nf4 import NF4Weight, quantize_nf4
-from minilora.surgery import Model, check_class
+from minilora.nf4 import NF4Weight, check_values, quantize_nf4
+from minilora.surgery import Model, check_unwrapped, undone_on_error
 from minilora.targets import adapted_layers, tied_parameters
 
 
@@ -21,7 +20,8 @@ def merge(
 ) -> Model:
     r"""Adds the active adapters to the weights, W + (alpha / r) B A, and removes them.
 
-    A merged model has no extra latency (LoRA, arXiv:2106.09685, section 4.1).
+    A merged model has no extra latency (LoRA, arXiv:2106.09685, section 4.1). All merged weights
+    are computed before the first layer changes, so they need memory beside the base.
 
     Args:
         into: "dense": plain `nn.Linear` in the base's dtype; a quantized base is decoded first.
@@ -31,8 +31,9 @@ def merge(
             <W' - W, s B A> / |s B A|^2.
 
     Raises:
-        ValueError: there is no adapter, or one that is not active; an adapter holds NaN or
-            infinity; with "nf4" a base is dense or a layer would keep less than `min_survival`.
+        ValueError: there is no adapter, or one that is not active; an adapter or a merged weight
+            holds NaN or infinity; a layer is sharded or has no values; with "nf4" a base is dense
+            or a layer would keep less than `min_survival`.
 
     Example:
         >>> model = minilora.inject(torch.nn.Sequential(torch.nn.Linear(64, 8)), r=4)
@@ -43,10 +44,20 @@ def merge(
         raise ValueError(f"into={into!r}: must be 'dense' or 'nf4'")
     layers = layers_to_merge(model)
     if into == "nf4":
-        _merge_into_nf4(layers, min_survival)
+        new = _merged_into_nf4(layers, min_survival)
     else:
-        _merge_into_dense(model, layers)
-    guard_fused_encoders(model)
+        new = {name: nn.Parameter(_merged(name, layer), False) for name, layer in layers.items()}
+    untied = _warn_of_untying(model, layers)
+    config: Any = getattr(model, "config", None)
+
+    with undone_on_error(model):
+        for name, layer in layers.items():
+            for adapter_name in list(layer.adapters):
+                remove_adapter(layer, adapter_name)
+            _set_weight(layer, new.pop(name))
+        guard_fused_encoders(model)
+        if untied and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
     return model
 
 
@@ -54,7 +65,12 @@ def layers_to_merge(model: nn.Module) -> dict[str, Any]:
     """The adapted layers. Raises ValueError, with the layer's name, unless all can be merged."""
     layers = adapted_layers(model)
     for name, layer in layers.items():
-        check_class(name, layer)
+        check_unwrapped(name, layer)
+        for p in layer.parameters():
+            if p.is_meta or type(p.detach()) is not Tensor:
+                kind = "on the meta device" if p.is_meta else f"a {type(p.detach()).__name__}"
+                reason = f"a parameter of {name} is {kind}"
+                raise ValueError(f"{reason}: merge a model of ordinary tensors, with values")
         for adapter_name, adapter in layer.adapters.items():
             if adapter_name not in layer.active:
                 other = f"{name} also has the adapter {adapter_name!r}, which is not active"
@@ -65,81 +81,75 @@ def layers_to_merge(model: nn.Module) -> dict[str, Any]:
     return layers
 
 
-def _merge_into_dense(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    tied = tied_parameters(model)
-    for name, layer in layers.items():
-        if others := tied.get(id(layer._parameters.get("weight"))):
-            _untie(model, name, others)
-        weight = merged_weight(layer).to(layer.weight.dtype)
-        _remove_adapters(layer)
-        if isinstance(layer, NF4Linear):
-            _become_dense(layer)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-
-
-def _become_dense(layer: NF4Linear) -> None:
-    """Makes an NF4Linear an nn.Linear, whose weight is still to be set."""
-    size = layer.in_features, layer.out_features
-    dense = nn.Linear(*size, bias=False, device="meta").train(layer.training)
-    dense.register_parameter("bias", layer.bias)
-    become(layer, dense)
-    for name in ("weight_dtype", "block_size", "quant_type", "compute_dtype"):
-        delattr(layer, name)
+def _merged(name: str, layer: Any) -> Tensor:
+    """W + s B A in the base's dtype."""
+    old = layer.weight
+    merged = merged_weight(layer).to(old.dtype)
+    if merged.shape != old.shape:
+        sizes = f"{tuple(merged.shape)}, not {tuple(old.shape)}"
+        raise ValueError(f"{name}: the adapter made a merged weight of shape {sizes}")
+    if not merged.isfinite().all():
+        reason = f"the merged weight of {name} holds NaN or infinity in {old.dtype}"
+        raise ValueError(f"{reason}: convert the model to a wider dtype first")
+    return merged
 
 
 @torch.no_grad()
-def _merge_into_nf4(layers: Mapping[str, Any], min_survival: float) -> None:
+def _merged_into_nf4(layers: Mapping[str, Any], min_survival: float) -> dict[str, Any]:
     merged: dict[str, NF4Weight] = {}
     kept_of: dict[str, float] = {}
     for name, layer in layers.items():
         old = layer.weight
         if not isinstance(old, NF4Weight):
-            raise ValueError(
-                f"{name} has a dense base, and into='nf4' is for quantized ones: use into='dense'"
-            )
-        merged[name] = requantized(merged_weight(layer), old)
+            reason = f"{name} has a dense base, and into='nf4' is for quantized ones"
+            raise ValueError(f"{reason}: use into='dense'")
+        dense = _merged(name, layer)
+        check_values(dense, old.double_quantized, f"the merged weight of {name}")
+        merged[name] = requantized(dense, old)
         kept_of[name] = survival(merged[name], dense_weight(old), update_of(layer))
 
     worst = sorted(kept_of, key=kept_of.__getitem__)[:5]
     kept = ", ".join(f"{name} {kept_of[name]:.1%}" for name in worst)
     kept += f"; median {median(kept_of.values()):.1%}"
-    if kept_of[worst[0]] < min_survival:
+    if not all(survived >= min_survival for survived in kept_of.values()):
         raise ValueError(
             "merging into NF4 would lose the update. Fraction of it that survives, worst first: "
             f"{kept}; less than min_survival={min_survival:.0%}. Merge into='dense', or keep the "
             "adapter beside the quantized model; merge_report(model) shows every layer."
         )
 
-    for name, layer in layers.items():
-        _remove_adapters(layer)
-        new = NF4Linear(merged[name], layer.bias, layer.compute_dtype)
-        become(layer, new.train(layer.training))
-    warnings.warn(
-        f"merged into NF4; fraction of the update that survives, worst first: {kept}",
-        stacklevel=3,
-    )
+    message = f"merged into NF4; fraction of the update that survives, worst first: {kept}"
+    warnings.warn(message, stacklevel=3)
+    return merged
 
 
-def _remove_adapters(layer: LoRALayer) -> None:
-    for name in list(layer.adapters):
-        remove_adapter(layer, name)
+def _set_weight(layer: Any, weight: Any) -> None:
+    """Gives a layer without adapters its merged weight, dense or in 4 bits."""
+    if isinstance(weight, NF4Weight):
+        become(layer, NF4Linear(weight, layer.bias, layer.compute_dtype).train(layer.training))
+    elif isinstance(layer, NF4Linear):
+        size = layer.in_features, layer.out_features
+        dense = nn.Linear(*size, bias=False, device="meta").train(layer.training)
+        dense._parameters = {"weight": weight, "bias": layer.bias}
+        become(layer, dense)
+    else:
+        layer.weight = weight
 
 
-def _untie(model: nn.Module, name: str, names: str) -> None:
-    """A merged head is no longer the embedding it was tied to, and the config must not say so."""
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
-    warnings.warn(f"{name} was merged, so {names} are no longer tied", stacklevel=4)
+def _warn_of_untying(model: nn.Module, layers: Mapping[str, Any]) -> bool:
+    """Whether a merged layer will no longer be the embedding that its weight is shared with."""
+    tied = tied_parameters(model)
+    shared = {n: tied.get(id(layer._parameters.get("weight"))) for n, layer in layers.items()}
+    for name, names in shared.items():
+        if names:
+            warnings.warn(f"{name} was merged, so {names} are no longer tied", stacklevel=3)
+    return any(shared.values())
 
 
 @torch.no_grad()
-def merged_weight(layer: Any) -> Tensor:
-    """Returns W + s B A of the active adapters, float32 (float64 for a float64 base) [out, in]."""
-    return _adapted(layer, dense_weight(layer.weight))
-
-
-def _adapted(layer: Any, weight: Tensor) -> Tensor:
+def merged_weight(layer: Any, base: Tensor | None = None) -> Tensor:
+    """Returns W + s B A [out, in] of the active adapters, with W = `base` or `dense_weight`."""
+    weight = dense_weight(layer.weight) if base is None else base
     for name in layer.active:
         weight = layer.adapters[name].merged_into(weight)
     return weight
@@ -148,7 +158,7 @@ def _adapted(layer: Any, weight: Tensor) -> Tensor:
 def update_of(layer: Any) -> Tensor:
     """s B A, float32. By way of float64: W + s B A - W would lose the digits of a small one."""
     base = dense_weight(layer.weight).double()
-    return (_adapted(layer, base) - base).float()
+    return (merged_weight(layer, base) - base).float()
 
 
 def dense_weight(weight: Tensor | NF4Weight) -> Tensor:

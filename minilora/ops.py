@@ -13,7 +13,6 @@ call, so `import minilora` pays neither for Numba nor for Triton. The products a
 their own: of two calls to `dequantize`, torch.compile would make one and keep the dense weight.
 """
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -48,38 +47,32 @@ def _flatten(w: Any) -> tuple[Any, ...]:
     return w.packed, w.absmax, w.absmax2, w.offset, w.shape, w.block_size, w.quant_type
 
 
-def _assemble(signature: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Returns a function that makes a `PackedWeight` of the parts in an operator's arguments."""
+def _assembled(kernel: Callable[..., Any], signature: str) -> Callable[..., Any]:
+    """Returns the kernel as a function of an operator's arguments, with the weight in parts."""
     if _WEIGHT not in signature:
-        return lambda args: args
+        return kernel
 
     first = signature[: signature.index(_WEIGHT)].count(",")
     last = first + len(PackedWeight._fields)
 
-    def assemble(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        packed, absmax, absmax2, offset, shape, block_size, quant_type = args[first:last]
-        parts = packed, absmax, absmax2, offset, tuple(shape), block_size, quant_type
-        return (*args[:first], PackedWeight(*parts), *args[last:])
+    def call(*args: Any) -> Any:
+        w = PackedWeight(*args[first:last])
+        return kernel(*args[:first], w._replace(shape=tuple(w.shape)), *args[last:])
 
-    return assemble
+    return call
 
 
 def _kernel(backend: str, file: str, name: str) -> Callable[..., Any]:
-    """Returns a function that imports minilora.kernels.<backend>.<file> when it is first called."""
-    assemble = _assemble(_SCHEMAS[name][1])
-
-    @functools.cache
-    def load() -> Callable[..., Any]:
-        module = importlib.import_module(f"minilora.kernels.{backend}.{file}")
-        return getattr(module, name)  # type: ignore[no-any-return]
+    """Returns a function that imports minilora.kernels.<backend>.<file> when it is called."""
 
     def call(*args: Any) -> Any:
+        kernel = getattr(importlib.import_module(f"minilora.kernels.{backend}.{file}"), name)
         device = args[0].device.type
         if not torch.is_autocast_enabled(device):
-            return load()(*assemble(args))
+            return kernel(*args)
         # The fakes promise the dtype of the input.
         with torch.autocast(device, enabled=False):
-            return load()(*assemble(args))
+            return kernel(*args)
 
     return call
 
@@ -119,37 +112,28 @@ _fake_nf4_lora_linear = _fake_nf4_linear
 _fake_nf4_lora_linear_backward = _fake_nf4_linear_backward
 
 
-def _fake(name: str) -> Callable[..., Any]:
-    shapes = globals()[f"_fake_{name}"]
-    assemble = _assemble(_SCHEMAS[name][1])
-    return lambda *args: shapes(*assemble(args))
-
-
 for _name, (_file, _signature) in _SCHEMAS.items():
     _operator = f"minilora::{_name}"
-    _reference = _kernel("reference", _file, _name)
-
     torch.library.define(_operator, _signature)
-    torch.library.impl(_operator, "CompositeExplicitAutograd", _reference)
-    torch.library.impl(_operator, "CPU", _kernel("cpu", _file, _name))
-    torch.library.impl(_operator, "CUDA", _kernel("gpu", _file, _name))
-    torch.library.register_fake(_operator, _fake(_name))
+    torch.library.register_fake(_operator, _assembled(globals()[f"_fake_{_name}"], _signature))
+
+    _backends = {"CompositeExplicitAutograd": "reference", "CPU": "cpu", "CUDA": "gpu"}
+    for _key, _backend in _backends.items():
+        _call = _assembled(_kernel(_backend, _file, _name), _signature)
+        torch.library.impl(_operator, _key, _call)
 
 
-def _with_weight(name: str) -> Callable[..., Any]:
-    """The operator as a function (x, w, ...) of the signature of kernels/reference."""
+def _with_weight(name: str, at: int = 1) -> Callable[..., Tensor]:
+    """The operator with the signature of kernels/reference, where w is argument number `at`."""
     operator = getattr(torch.ops.minilora, name).default
-    return lambda x, w, *rest: operator(x, *_flatten(w), *rest)
+    return lambda *args: operator(*args[:at], *_flatten(args[at]), *args[at + 1 :])
 
 
 quantize = torch.ops.minilora.quantize.default
 double_quantize = torch.ops.minilora.double_quantize.default
 double_dequantize = torch.ops.minilora.double_dequantize.default
+dequantize = _with_weight("dequantize", at=0)
 nf4_linear = _with_weight("nf4_linear")
 nf4_linear_backward = _with_weight("nf4_linear_backward")
 nf4_lora_linear = _with_weight("nf4_lora_linear")
 nf4_lora_linear_backward = _with_weight("nf4_lora_linear_backward")
-
-
-def dequantize(w: Any, dtype: torch.dtype) -> Any:
-    return torch.ops.minilora.dequantize.default(*_flatten(w), dtype)

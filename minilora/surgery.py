@@ -12,9 +12,16 @@ import torch
 from torch import nn
 
 from minilora.bypass import check_called, guard_fused_encoders
-from minilora.layers import NF4Linear, adapter_class, add_adapter, become, remove_adapter
-from minilora.lora import LoRA, LoRALayer, check_layer
-from minilora.nf4 import check_format, is_finite
+from minilora.layers import (
+    NF4Linear,
+    adapter_class,
+    add_adapter,
+    become,
+    check_quantizable,
+    remove_adapter,
+)
+from minilora.lora import LoRA, LoRALayer
+from minilora.nf4 import DTYPES, check_format, check_values
 from minilora.targets import (
     DEFAULT_EXCLUDE,
     Targets,
@@ -77,15 +84,25 @@ def quantize_steps(
 ) -> Iterator[tuple[int, int]]:
     """`quantize` as an iterator, for a progress bar: yields (layers done, layers in all)."""
     check_format(options.get("block_size", 64), options.get("quant_type", "nf4"))
+    if (compute_dtype := options.get("compute_dtype")) not in (None, *DTYPES):
+        raise TypeError(f"compute_dtype={compute_dtype}: choose one of {DTYPES}, or None")
     chosen = select_layers(model, targets, exclude)
     check_can_be_quantized(model, chosen)
     for name, layer in chosen.items():
-        _check_values(name, layer.weight)
+        check_values(layer.weight, options.get("double_quant", True), f"{name}.weight")
 
-    for done, layer in enumerate(chosen.values(), start=1):
-        become(layer, NF4Linear.from_linear(layer, **options))
-        yield done, len(chosen)
-    guard_fused_encoders(model)
+    done = 0
+    try:
+        for layer in chosen.values():
+            become(layer, NF4Linear.from_linear(layer, **options))
+            done += 1
+            yield done, len(chosen)
+    except (RuntimeError, MemoryError) as error:
+        rest = f"{done} of {len(chosen)} layers are quantized, from {next(iter(chosen))} on"
+        error.args = (f"{error}\n{rest}: to go on, leave them out with exclude=", *error.args[1:])
+        raise
+    finally:
+        guard_fused_encoders(model)
 
 
 def inject(
@@ -155,14 +172,35 @@ def attach(
     if also or trained_whole(model):
         check_bare(model, "parameters trained as a whole belong to a single adapter")
 
-    model.requires_grad_(False)
-    for path, adapter in adapters.items():
-        add_adapter(layers[path], name, adapter)
-    use(model, name)
-    for p in also:
-        p.requires_grad_(True)
-    guard_fused_encoders(model)
+    with undone_on_error(model):
+        model.requires_grad_(False)
+        for path, adapter in adapters.items():
+            add_adapter(layers[path], name, adapter)
+        use(model, name)
+        for p in also:
+            p.requires_grad_(True)
+        guard_fused_encoders(model)
     return model
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Inside the block a model is edited. After an exception it is what it was before."""
+    kinds = [(module, type(module)) for module in model.modules()]
+    held = [t for m, _ in kinds for t in (vars(m), *vars(m).values()) if isinstance(t, dict)]
+    tables = [(table, dict(table)) for table in held]
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for table, entries in tables:
+            table.clear()
+            table.update(entries)
+        for module, kind in kinds:
+            module.__class__ = kind
+        for p, requires_grad in trained:
+            p.requires_grad_(requires_grad)
+        raise
 
 
 def eject(model: Model, name: str | None = None) -> Model:
@@ -181,11 +219,12 @@ def eject(model: Model, name: str | None = None) -> Model:
     """
     layers = adapted_layers(model, name)
     for path, layer in layers.items():
-        check_class(path, layer)
-    for layer in layers.values():
-        for each in list(layer.adapters) if name is None else [name]:
-            remove_adapter(layer, each)
-    guard_fused_encoders(model)
+        check_unwrapped(path, layer)
+    with undone_on_error(model):
+        for layer in layers.values():
+            for each in list(layer.adapters) if name is None else [name]:
+                remove_adapter(layer, each)
+        guard_fused_encoders(model)
     return model
 
 
@@ -201,13 +240,14 @@ def use(model: Model, *names: str) -> Model:
         >>> use(model, "french")[0].active
         ('french',)
     """
-    layers = adapted_layers(model)
+    layers, names = adapted_layers(model), tuple(dict.fromkeys(names))
     for name in names:
         adapted_layers(model, name)
-    for layer in layers.values():
-        layer.active = tuple(name for name in names if name in layer.adapters)
-        for name, adapter in layer.adapters.items():
-            adapter.requires_grad_(name in names)
+    with undone_on_error(model):
+        for layer in layers.values():
+            layer.active = tuple(name for name in names if name in layer.adapters)
+            for name, adapter in layer.adapters.items():
+                adapter.requires_grad_(name in names)
     return model
 
 
@@ -223,15 +263,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
         >>> with disabled(model):
         ...     y = model(torch.randn(2, 64))
     """
-    layers = list(adapted_layers(model).values())
-    before = [layer.active for layer in layers]
+    before = {layer: layer.active for layer in adapted_layers(model).values()}
     try:
-        for layer in layers:
+        for layer in before:
             layer.active = ()
         yield
     finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer.active = active
+        for layer, active in before.items():
+            # The block may have ejected adapters.
+            if isinstance(layer, LoRALayer):
+                layer.active = tuple(name for name in active if name in layer.adapters)
 
 
 def audit(model: nn.Module) -> list[str]:
@@ -252,15 +293,13 @@ def audit(model: nn.Module) -> list[str]:
         >>> audit(model)
         []
     """
-    return [
-        path
-        for path, layer in adapted_layers(model).items()
-        if not all(_has_gradient(layer.adapters[name]) for name in layer.active)
-    ]
+    return [path for path, layer in adapted_layers(model).items() if not _took_part(layer)]
 
 
-def _has_gradient(adapter: nn.Module) -> bool:
-    return any(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters())
+def _took_part(layer: LoRALayer) -> bool:
+    adapters = [layer.adapters[name] for name in layer.active]
+    gradients = [[p.grad for p in adapter.parameters()] for adapter in adapters]
+    return all(any(g is not None and bool(g.any()) for g in found) for found in gradients)
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
@@ -289,31 +328,26 @@ def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in named if layers and p.requires_grad and id(p) not in ours}
 
 
-def check_bare(model: nn.Module, reason: str = "") -> None:
-    """Raises ValueError if the model has an adapter."""
-    if names := adapter_names(model):
-        raise ValueError(_has_adapter(model, names[0]) + (f" ({reason})" if reason else ""))
+def check_bare(model: nn.Module, reason: str = "", name: str | None = None) -> None:
+    """Raises ValueError if the model has an adapter (of this name), with the reason."""
+    for found in adapter_names(model):
+        if name in (None, found):
+            layers = list(adapted_layers(model, found))
+            on = f"on {len(layers)} layers already ({layers[0]}, ...)"
+            way_out = "minilora.merge or minilora.eject it first" + (reason and f" ({reason})")
+            raise ValueError(f"the model has the adapter {found!r} {on}: {way_out}")
 
 
 def check_can_be_adapted(model: nn.Module, layers: Mapping[str, Any], name: str) -> None:
     """Raises ValueError or TypeError unless the layers can get an adapter of this name."""
     if not name or "." in name or hasattr(nn.ModuleDict, name):
         raise ValueError(f"name={name!r} cannot be an adapter's name: choose a word without dots")
-    if name in adapter_names(model):
-        raise ValueError(_has_adapter(model, name) + ", or choose another name")
+    check_bare(model, "or choose another name", name)
     for path, layer in layers.items():
-        kind = adapter_class(layer, path)
+        kind = adapter_class(layer, path).base_class.__name__
         if getattr(getattr(layer, "_hf_hook", None), "offload", False):
-            at = f"{path} ({kind.base_class.__name__})"
-            raise TypeError(f"{at} is offloaded by accelerate: load the model on one device")
+            raise TypeError(f"{path} ({kind}) is offloaded by accelerate: load it on one device")
     check_called(model, layers)
-
-
-def _has_adapter(model: nn.Module, name: str) -> str:
-    layers = adapted_layers(model, name)
-    first = next(iter(layers))
-    held = f"the model has the adapter {name!r} on {len(layers)} layers already ({first}, ...)"
-    return f"{held}: minilora.merge or minilora.eject it first"
 
 
 def check_can_be_quantized(model: nn.Module, layers: Mapping[str, Any]) -> None:
@@ -324,28 +358,15 @@ def check_can_be_quantized(model: nn.Module, layers: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} has an adapter: quantize first, inject afterwards")
         if isinstance(layer, NF4Linear):
             raise ValueError(f"{name} is quantized already: leave it out with exclude=")
-        check_layer(layer, nn.Linear, name)
-        check_untied(name, layer, tied)
+        check_quantizable(layer, name)
+        if others := tied.get(id(layer.weight)):
+            reason = f"{name} shares its weight with another layer ({others})"
+            raise ValueError(f"{reason} and would be untied: leave it out with exclude=")
     check_called(model, layers)
 
 
-def check_untied(name: str, layer: Any, tied: Mapping[int, str]) -> None:
-    """Raises ValueError if another module holds the layer's weight too."""
-    if others := tied.get(id(layer._parameters.get("weight"))):
-        shared = f"{name} shares its weight with another layer ({others})"
-        raise ValueError(f"{shared}, and quantizing would untie them: leave it out with exclude=")
-
-
-def _check_values(name: str, weight: torch.Tensor) -> None:
-    if weight.is_meta:
-        raise ValueError(f"{name} is on the meta device and has no values: load the model first")
-    if not is_finite(weight):
-        reason = f"{name}.weight holds NaN or infinity and cannot be quantized"
-        raise ValueError(f"{reason}: repair the checkpoint, or leave the layer out with exclude=")
-
-
-def check_class(path: str, layer: LoRALayer) -> None:
+def check_unwrapped(path: str, layer: LoRALayer) -> None:
     """Raises TypeError if something else, such as fully_shard, has changed the class since."""
-    if LoRALayer in type(layer).__bases__ or type(layer).base_class in type(layer).__bases__:
-        return
-    raise TypeError(f"{path} has become a {type(layer).__name__}: eject before it is wrapped")
+    kind = type(layer)
+    if not {LoRALayer, kind.base_class} & {*kind.__bases__}:
+        raise TypeError(f"{path} has become a {kind.__name__}: eject before it is wrapped")

@@ -23,11 +23,7 @@ def linear_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoRALayer]:
-    """The layers that carry the adapter of this name, or any, by name.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The layers that carry the adapter of this name, or any. Raises ValueError for none."""
     found = {n: m for n, m in model.named_modules() if isinstance(m, LoRALayer)}
     if not found:
         raise ValueError("the model has no adapter: minilora.inject or minilora.load_adapter first")
@@ -54,10 +50,8 @@ def select_layers(
 ) -> dict[str, Any]:
     """The linear layers that `targets` means and `exclude` does not, by name, in the model's order.
 
-    The default `exclude` applies to "all-linear" only: whoever names the head means it.
-
-    Raises:
-        ValueError: a target matches no linear layer. The message shows near misses.
+    The default `exclude` applies to "all-linear" only: whoever names the head means it. Raises
+    ValueError, with near misses, for a target that matches no linear layer.
     """
     if isinstance(model, LINEAR):
         kind = type(model).__name__
@@ -70,8 +64,7 @@ def select_layers(
     chosen = _matches(model, targets, layers)
     chosen = {n for n in chosen if not any(is_named(n, left_out) for left_out in exclude)}
     if not chosen:
-        reason = _nothing_matches(model, [str(targets)], layers)
-        raise ValueError(f"{reason} exclude={tuple(exclude)}.")
+        raise ValueError(f"{_no_match(model, [str(targets)])} exclude={tuple(exclude)}.")
     return {name: layer for name, layer in layers.items() if name in chosen}
 
 
@@ -87,22 +80,21 @@ def _matches(model: nn.Module, targets: Targets, layers: Mapping[str, nn.Module]
     hits = {w: {name for name in layers if is_named(name, w)} for w in wanted}
     missed = [w for w in wanted if not hits[w]]
     if missed or not wanted:
-        raise ValueError(_nothing_matches(model, missed, layers))
+        raise ValueError(_no_match(model, missed))
     return set().union(*hits.values())
 
 
 def select_parameters(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
     """The floating-point parameters that `names` means: parameters, or all those of modules.
 
-    Raises:
-        ValueError: a name matches nothing. The message shows near misses.
+    Raises ValueError, with near misses, for a name that matches nothing.
     """
     names = (names,) if isinstance(names, str) else names
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
     found: dict[int, nn.Parameter] = {}
     for wanted in names:
-        inside = [p for name, p in parameters.items() if _is_inside(name, wanted)]
+        inside = [p for name, p in parameters.items() if f".{wanted}." in f".{name}."]
         floats = [p for p in inside if p.is_floating_point()]
         if not floats:
             hint = _did_you_mean(wanted, [n for n, _ in model.named_modules() if n])
@@ -111,46 +103,34 @@ def select_parameters(model: nn.Module, names: Sequence[str]) -> list[nn.Paramet
     return list(found.values())
 
 
-def _is_inside(parameter: str, wanted: str) -> bool:
-    """Whether `wanted` names the parameter or a module that holds it."""
-    parts = parameter.split(".")
-    prefixes = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
-    return any(is_named(prefix, wanted) for prefix in prefixes)
-
-
 def tied_parameters(model: nn.Module) -> dict[int, str]:
-    """Parameters that more than one module holds: id -> their names."""
+    """Parameters that have more than one name: id -> their names."""
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        for name, p in module.named_parameters(path, recurse=False):
+        for name, p in module.named_parameters(path, recurse=False, remove_duplicate=False):
             names.setdefault(id(p), []).append(name)
     return {key: " and ".join(found) for key, found in names.items() if len(found) > 1}
 
 
-def near_misses(wanted: str, names: Iterable[str]) -> list[str]:
+def _did_you_mean(wanted: str, names: Iterable[str]) -> str:
     """Up to three names, or last parts of names, that look like `wanted`."""
     candidates = {part for name in names for part in (name, name.rpartition(".")[2])}
-    return difflib.get_close_matches(wanted, sorted(candidates, key=len), n=3, cutoff=0.6)
-
-
-def _did_you_mean(wanted: str, names: Iterable[str]) -> str:
-    near = near_misses(wanted, names)
+    near = difflib.get_close_matches(wanted, sorted(candidates, key=len), n=3, cutoff=0.6)
     return f" Did you mean {', '.join(map(repr, near))}?" if near else ""
 
 
-def _nothing_matches(
-    model: nn.Module, missed: Sequence[str], layers: Mapping[str, nn.Module]
-) -> str:
+def _no_match(model: nn.Module, missed: Sequence[str]) -> str:
     """What to say of targets that match no linear layer."""
-    others = {n: m for n, m in model.named_modules() if n and not isinstance(m, LINEAR)}
-    sentences = []
+    layers, text = linear_layers(model), ""
     for wanted in missed or ["[]"]:
-        sentence = f"target {wanted!r} matches no linear layer of {type(model).__name__}."
-        sentence += _did_you_mean(wanted, layers)
-        if other := next((n for n in others if is_named(n, wanted)), None):
-            sentence += f" {other!r} is a {type(others[other]).__name__}, not an nn.Linear."
-        sentences.append(sentence)
+        text += f"target {wanted!r} matches no linear layer of {type(model).__name__}."
+        text += _did_you_mean(wanted, layers)
+        for name, module in model.named_modules():
+            if name and name not in layers and is_named(name, wanted):
+                text += f" {name!r} is a {type(module).__name__}, not an nn.Linear."
+                break
+        text += " "
 
     counts = Counter(name.rpartition(".")[2] for name in layers)
     there = ", ".join(f"{name} ({n})" for name, n in counts.most_common(12)) or "none"
-    return " ".join(sentences) + f" Linear layers in the model: {there}."
+    return f"{text}Linear layers in the model: {there}."

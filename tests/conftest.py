@@ -39,29 +39,11 @@ def byte_tokenizer() -> Callable[[str], Any]:
 
     It pads with its end of turn, as SmolLM2 does.
     """
-    tokenizers = pytest.importorskip(
-        "tokenizers", reason="the tokenizer in these tests is made with tokenizers"
-    )
-    transformers = pytest.importorskip(
-        "transformers", reason="the tokenizer in these tests is a transformers one"
-    )
+    for library in ("tokenizers", "transformers"):
+        pytest.importorskip(library, reason="the tokenizer in these tests is made with it")
+    from byte_level import byte_tokenizer
 
-    def make(chat_template: str) -> Any:
-        alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        vocabulary = {c: i for i, c in enumerate(alphabet)}
-        core = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-        core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-            add_prefix_space=False, use_regex=False
-        )
-        core.decoder = tokenizers.decoders.ByteLevel()
-        fast = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>"
-        )
-        fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-        fast.chat_template = chat_template
-        return fast
-
-    return make
+    return byte_tokenizer
 
 
 # The sizes of a Llama for tests.
@@ -93,15 +75,10 @@ def tiny_llama() -> Callable[..., Any]:
     return make
 
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Callable[[str], Any]) -> Path:
     """A model folder as transformers writes it: a tiny Llama and its byte-level tokenizer."""
+    from byte_level import CHATML
     from transformers import LlamaConfig, LlamaForCausalLM
 
     path = tmp_path_factory.mktemp("tiny")

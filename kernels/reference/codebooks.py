@@ -92,8 +92,7 @@ def midpoints(levels: Tensor) -> Tensor:
 def levels(quant_type: str) -> Tensor:
     """Returns the 16 levels of a quantization type, float32 [16], on the CPU.
 
-    Raises:
-        ValueError: no codebook has that name.
+    Raises ValueError if no codebook has that name.
     """
     if quant_type not in CODEBOOKS:
         known = ", ".join(map(repr, CODEBOOKS))

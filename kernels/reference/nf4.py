@@ -33,25 +33,15 @@ GROUP = 256
 
 
 class PackedWeight(NamedTuple):
-    """A 4-bit weight as the kernels take it.
+    """A 4-bit weight as the kernels take it."""
 
-    Attributes:
-        packed: uint8 [ceil(n/2)], two codes per byte, the first weight in the high nibble.
-        absmax: float32 [b]; double-quantized: uint8 codes [b].
-        absmax2: None; double-quantized: float32 [g].
-        offset: None; double-quantized: float32 scalar.
-        shape: the shape of the weight, for a linear layer [O, I].
-        block_size: weights that share an absmax, counted over the flattened weight.
-        quant_type: name of the levels in `CODEBOOKS`.
-    """
-
-    packed: Tensor
-    absmax: Tensor
-    absmax2: Tensor | None
-    offset: Tensor | None
-    shape: tuple[int, ...]
-    block_size: int
-    quant_type: str = "nf4"
+    packed: Tensor  # uint8 [ceil(n/2)], two codes per byte, the first weight in the high nibble
+    absmax: Tensor  # float32 [b]; double-quantized: uint8 codes [b]
+    absmax2: Tensor | None  # None; double-quantized: float32 [g]
+    offset: Tensor | None  # None; double-quantized: float32 scalar
+    shape: tuple[int, ...]  # the shape of the weight, for a linear layer [O, I]
+    block_size: int  # weights that share an absmax, counted over the flattened weight
+    quant_type: str = "nf4"  # name of the levels in `CODEBOOKS`
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -1,5 +1,6 @@
 """The two files of an adapter, written and read without looking at a model."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -7,24 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from minilora.files.atomic import atomic_files, partial_path
+from minilora.files.atomic import atomic_files, unfinished
+from minilora.files.base import Base, from_json, to_json
 from minilora.files.hashing import sha256_of_file, sha256_of_tensors
 from minilora.files.names import PEFT_PREFIX, canonical_name
 from minilora.files.peft_config import CONFIG, read_config
-from minilora.files.tensors import read_tensors, write_tensors
+from minilora.files.tensors import read_metadata, read_tensors, write_tensors
+from minilora.files.text import shown
 
 WEIGHTS = "adapter_model.safetensors"
 
 # The metadata of the weights. PEFT's files have none of it and are read without.
 _CONFIG_HASH = "adapter_config_sha256"
-_TENSORS_HASH = "tensors_sha256"
+_TENSORS_HASH = "contents_sha256"
 _NAME = "minilora_name"
+_BASE = "minilora_base"
 
 # A key of PEFT's: the layer, and which of its adapter's tensors this is.
 _KEY = re.compile(r"(?P<layer>.+)\.(?P<end>lora_\w+(\.\w+)?)")
 _A, _B = "lora_A.weight", "lora_B.weight"
+_LONGEST_KEY = 1000
+
+# What A and B may be stored in.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -36,12 +45,14 @@ class SavedAdapter:
         config: adapter_config.json.
         layers: layer name -> end of PEFT's key -> tensor.
         whole: parameter name -> tensor, of parameters that were trained as a whole.
+        base: what the adapter was trained on; None: the file does not say.
     """
 
     name: str
     config: Mapping[str, Any]
     layers: Mapping[str, Mapping[str, Tensor]]
     whole: Mapping[str, Tensor]
+    base: Base | None = None
 
     def rank(self, layer: str) -> int:
         """The rank of a layer's adapter."""
@@ -67,12 +78,15 @@ def write_adapter(folder: Path, adapter: SavedAdapter) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_files(folder / CONFIG, folder / WEIGHTS) as (config_file, weights_file):
-        config_file.write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
+        text = json.dumps(adapter.config, indent=2, sort_keys=True) + "\n"
+        config_file.write_text(text, encoding="utf-8")
         metadata = {
             _CONFIG_HASH: sha256_of_file(config_file),
             _TENSORS_HASH: sha256_of_tensors(tensors),
             _NAME: adapter.name,
         }
+        if adapter.base is not None:
+            metadata[_BASE] = to_json(adapter.base)
         write_tensors(weights_file, tensors, metadata)
 
 
@@ -94,27 +108,68 @@ def read_adapter(folder: Path, own_options: Mapping[str, Any]) -> SavedAdapter:
     layers: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = canonical_name(key)
+        name = _name_of(key, folder)
+        held, end = whole, name
         if match := _KEY.fullmatch(name):
-            layers.setdefault(match["layer"], {})[match["end"]] = tensor
-        else:
-            # PEFT saves a copy of an embedding that has an adapter.
-            whole[name.replace(".base_layer.", ".")] = tensor
+            held, end = layers.setdefault(match["layer"], {}), match["end"]
+        if end in held:
+            raise ValueError(f"{folder / WEIGHTS} holds {shown(name)} twice, under two prefixes")
+        held[end] = tensor
 
-    _check_tensors(layers, folder / WEIGHTS)
-    return SavedAdapter(metadata.get(_NAME, "default"), config, layers, whole)
+    _check_layers(layers, folder / WEIGHTS)
+    name = metadata.get(_NAME, "default")
+    return SavedAdapter(name, config, layers, whole, _read_base(metadata, folder))
+
+
+def read_base(folder: Path) -> Base | None:
+    """What the adapter in a folder was trained on; None: the file does not say.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_adapter`.
+    """
+    return _read_base(read_metadata(_weights_of(folder)), folder)
+
+
+def _read_base(metadata: Mapping[str, str], folder: Path) -> Base | None:
+    if (text := metadata.get(_BASE)) is None:
+        return None
+    try:
+        return from_json(text)
+    except ValueError as error:
+        reason = f"{_BASE} is {shown(text)}, and {error}"
+        raise ValueError(f"{folder / WEIGHTS} is damaged: {reason}") from error
+
+
+def _name_of(key: str, folder: Path) -> str:
+    """The name of a layer's tensor, or of a parameter, that a key of the file means."""
+    if len(key) > _LONGEST_KEY:
+        raise ValueError(f"{folder / WEIGHTS} holds {shown(key)}, a name of {len(key)} characters")
+    # PEFT saves a copy of an embedding that has an adapter.
+    return canonical_name(key).replace(".base_layer.", ".")
+
+
+def _weights_of(folder: Path) -> Path:
+    """The file with the weights that belong to the config.
+
+    After a kill between the two renames, the new weights are still where they were written.
+    """
+    path = folder / WEIGHTS
+    config_hash = sha256_of_file(folder / CONFIG)
+    if read_metadata(path).get(_CONFIG_HASH, config_hash) == config_hash:
+        return path
+    for candidate in unfinished(folder / CONFIG, WEIGHTS):
+        # One that is not whole is of another write.
+        with contextlib.suppress(OSError, ValueError):
+            if read_metadata(candidate).get(_CONFIG_HASH) == config_hash:
+                return candidate
+    return path
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads the weights that belong to the config, and verifies both hashes if they are there."""
-    path = folder / WEIGHTS
+    path = _weights_of(folder)
     tensors, metadata = read_tensors(path)
     config_hash = sha256_of_file(folder / CONFIG)
-
-    # After a kill between the two renames, the new weights still have their temporary name.
-    unfinished = partial_path(path)
-    if metadata.get(_CONFIG_HASH, config_hash) != config_hash and unfinished.is_file():
-        tensors, metadata = read_tensors(unfinished)
 
     expected = metadata.get(_TENSORS_HASH)
     if expected is not None and sha256_of_tensors(tensors) != expected:
@@ -129,19 +184,21 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _check_tensors(layers: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
-    """Raises ValueError unless every layer has an A and a B, and floating-point tensors alone."""
+def _check_layers(layers: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
+    """Raises ValueError unless every layer has an A and a B, finite matrices that go together."""
     if not layers:
         raise ValueError(f"{path} is not a LoRA adapter: it has no A and B")
 
     for layer, tensors in layers.items():
+        at = f"{path} is not a LoRA adapter"
         if _A not in tensors or _B not in tensors:
-            found = " and ".join(tensors)
-            raise ValueError(
-                f"{path} is not a LoRA adapter: for {layer} it has {found}, not {_A} and {_B}"
-            )
+            found = shown(" and ".join(tensors))
+            raise ValueError(f"{at}: for {shown(layer)} it has {found}, not {_A} and {_B}")
         for end, tensor in tensors.items():
-            if not tensor.is_floating_point():
-                raise ValueError(
-                    f"{path} is not a LoRA adapter: {end} of {layer} holds {tensor.dtype}"
-                )
+            if tensor.dtype not in _DTYPES:
+                raise ValueError(f"{at}: {shown(end)} of {shown(layer)} holds {tensor.dtype}")
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"{path}: {shown(end)} of {shown(layer)} holds NaN or infinity")
+        shapes = [list(tensors[end].shape) for end in (_A, _B)]
+        if any(len(shape) != 2 for shape in shapes):
+            raise ValueError(f"{at}: for {shown(layer)} it has A {shapes[0]} and B {shapes[1]}")

@@ -12,19 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.files.adapter_folder import WEIGHTS, SavedAdapter, read_adapter, write_adapter
+from minilora.files.adapter_checks import check_base, check_none, mismatches, whole_values
+from minilora.files.adapter_folder import (
+    WEIGHTS,
+    SavedAdapter,
+    read_adapter,
+    read_base,
+    write_adapter,
+)
+from minilora.files.base import Base, base_of
 from minilora.files.names import canonical_name
-from minilora.files.peft_config import alpha_of, dropout_of, make_config
+from minilora.files.peft_config import CONFIG, make_config
+from minilora.files.peft_values import ConfigReader
+from minilora.files.text import shown
 from minilora.lora import LoRA
 from minilora.surgery import Model, attach, check_bare, trained_whole
 from minilora.targets import adapted_layers, adapter_names, linear_layers
+
+_LONGEST_NAME = 100
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
     """Writes an adapter, and what `train_also` trained, as a folder that PEFT reads too.
 
     The write is atomic: a full disk or a kill leaves the old files. The weights carry a hash of
-    their config and one of themselves.
+    their config, one of themselves, and a record of what the layers were: dense, or in 4 bits.
 
     Args:
         model: an injected model. Adapters are written in float32, parameters of `train_also` in
@@ -52,11 +64,12 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
         model,
         adapters={layer: adapter.config() for layer, adapter in adapters.items()},
         linear_layers=_linear_layers(model),
-        modules_to_save={parameter.rpartition(".")[0] for parameter in whole} - {""},
+        modules_to_save={_module_to_save(parameter) for parameter in whole},
     )
     tensors = {layer: adapter.tensors() for layer, adapter in adapters.items()}
+    base = base_of({layer: _linear_layers(model)[layer] for layer in adapters})
     folder = Path(path)
-    write_adapter(folder, SavedAdapter(name, config, tensors, whole))
+    write_adapter(folder, SavedAdapter(name, config, tensors, whole, base))
     return folder
 
 
@@ -67,6 +80,7 @@ def load_adapter(
     *,
     allow_zero: bool = False,
     adapter: type[LoRA] = LoRA,
+    other_base: bool = False,
 ) -> Model:
     """Reads an adapter that `save_adapter` or PEFT wrote, and adds it unless the model has it.
 
@@ -80,6 +94,8 @@ def load_adapter(
             "default" for files of PEFT's.
         allow_zero: accept an adapter whose every B is zero (one that was never trained).
         adapter: the class of the adapter, as for `inject`.
+        other_base: accept an adapter that was trained on layers of another format, as one that was
+            trained on a 4-bit base and is loaded on the dense one. Files of PEFT's do not say.
 
     Returns:
         The model.
@@ -87,8 +103,9 @@ def load_adapter(
     Raises:
         FileNotFoundError: one of the two files does not exist.
         ValueError: the config sets an option that the adapter does not have; the tensors do not
-            fit the model (the first mismatches are named); a file is damaged, or the two do not
-            belong together; every B is zero. The model stays unchanged.
+            fit the model or the config (the first mismatches are named); a file is damaged, or the
+            two do not belong together; every B is zero; the adapter was trained on another base.
+            The model stays unchanged.
 
     Example:
         >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(64, 8))
@@ -104,24 +121,47 @@ def load_adapter(
             "(allow_zero=True to load it)"
         )
 
-    name = saved.name if name is None else name
+    name = _checked_name(saved, folder) if name is None else name
     names = adapter_names(model)
     if saved.whole and names not in ([], [name]):
         check_bare(model, "parameters trained as a whole belong to a single adapter")
 
+    # Everything is made and checked here, and the model is edited below.
     existing = _adapters(model, name) if name in names else {}
+    config = ConfigReader(saved.config, folder / CONFIG)
     try:
-        adapters = existing or _new_adapters(model, saved, adapter)
-        _check_fits(model, saved, adapters)
-    except ValueError as error:
+        adapters = _new_adapters(model, saved, config, adapter)
+        whole, problems = whole_values(model, saved, config)
+        check_none(mismatches(model, saved, config, adapters, existing) + problems)
+    except (ValueError, TypeError) as error:
         kind = type(model).__name__
         raise ValueError(f"{folder} does not fit this {kind}: {error}") from error
+    if saved.base is not None and not other_base:
+        check_base(folder, saved.base, {name: _linear_layers(model)[name] for name in adapters})
 
-    if not existing:
+    if existing:
+        _overwrite(existing, adapters)
+    else:
         paths = _paths(linear_layers(model))
         attach(model, {paths[layer]: made for layer, made in adapters.items()}, name=name)
-    _copy(saved, adapters, _parameters(model))
+    _set_whole(whole)
     return model
+
+
+def trained_on(path: str | Path) -> Base | None:
+    """What the layers under a saved adapter were when it was saved; None: the file does not say.
+
+    Raises:
+        FileNotFoundError: one of the two files does not exist.
+        ValueError: a file is damaged.
+
+    Example:
+        >>> model = minilora.quantize(torch.nn.Sequential(torch.nn.Linear(64, 8)))
+        >>> base = trained_on(save_adapter(minilora.inject(model, r=4), tmp / "in-4-bits"))
+        >>> base.quantized, str(base.usual)
+        (True, 'nf4 (blocks of 64, double-quantized)')
+    """
+    return read_base(Path(path))
 
 
 def _only_name(model: nn.Module) -> str:
@@ -130,6 +170,19 @@ def _only_name(model: nn.Module) -> str:
         known = ", ".join(map(repr, names))
         raise ValueError(f"the model has several adapters, {known}: say which with name=")
     return names[0] if names else "default"
+
+
+def _checked_name(saved: SavedAdapter, folder: Path) -> str:
+    """The name that an adapter was saved under."""
+    if not saved.name.isprintable() or len(saved.name) > _LONGEST_NAME:
+        there = f"{folder / WEIGHTS} holds an adapter of the name {shown(saved.name)}"
+        raise ValueError(f"{there}: choose another with name=")
+    return saved.name
+
+
+def _module_to_save(parameter: str) -> str:
+    """The module that holds a parameter; the parameter itself if it is the model's own."""
+    return parameter.rpartition(".")[0] or parameter
 
 
 def _adapters(model: nn.Module, name: str) -> dict[str, LoRA]:
@@ -143,103 +196,52 @@ def _linear_layers(model: nn.Module) -> dict[str, Any]:
     return {canonical_name(path): layer for path, layer in linear_layers(model).items()}
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter by each of its canonical names."""
-    named = model.named_parameters(remove_duplicate=False)
-    return {canonical_name(path): p for path, p in named}
-
-
 def _paths(names: Mapping[str, Any]) -> dict[str, str]:
     """Canonical name -> the name that the model has for it."""
     return {canonical_name(path): path for path in names}
 
 
-def _new_adapters(model: nn.Module, saved: SavedAdapter, kind: type[LoRA]) -> dict[str, LoRA]:
-    """An adapter for each saved layer that the model has; the model is not changed.
+@torch.no_grad()
+def _new_adapters(
+    model: nn.Module, saved: SavedAdapter, config: ConfigReader, kind: type[LoRA]
+) -> dict[str, LoRA]:
+    """An adapter with the file's values for each saved layer that the model has.
 
-    The ranks are those of the tensors, whatever the config says.
+    The model is not changed. A tensor of another shape is left for `mismatches`.
     """
     layers = _linear_layers(model)
-    return {
+    adapters = {
         name: kind.for_layer(
             layers[name],
             saved.rank(name),
-            alpha=alpha_of(saved.config, name),
+            alpha=config.alpha(name),
+            dropout=config.dropout,
             layer_name=name,
         )
         for name in saved.layers
         if name in layers
     }
-
-
-def _check_fits(model: nn.Module, saved: SavedAdapter, adapters: Mapping[str, LoRA]) -> None:
-    """Raises ValueError with the first mismatches between the files and the model."""
-    problems = [
-        *_layer_mismatches(model, saved, adapters),
-        *_parameter_mismatches(_parameters(model), saved.whole),
-    ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError("; ".join(problems[:5]) + more)
-
-
-def _layer_mismatches(
-    model: nn.Module, saved: SavedAdapter, adapters: Mapping[str, LoRA]
-) -> list[str]:
-    """Where the saved layers and their tensors are not those of the model's adapters."""
-    layers = _linear_layers(model)
-    found = []
-    for name, tensors in saved.layers.items():
-        if name not in layers:
-            found.append(f"the model has no linear layer {name}")
-        elif name not in adapters:
-            found.append(f"{name} has no adapter in the model")
-        elif _shapes(tensors) != (expected := _shapes(adapters[name].tensors())):
-            there, here = _describe(_shapes(tensors)), _describe(expected)
-            found.append(f"{name}: the file has {there}, the model {here}")
-
-    missing = sorted(adapters.keys() - saved.layers.keys())
-    return found + [f"the file has nothing for {name}, which has an adapter" for name in missing]
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {end: list(tensor.shape) for end, tensor in tensors.items()}
-
-
-def _describe(shapes: Mapping[str, list[int]]) -> str:
-    """A [8, 64] and B [32, 8]."""
-    return " and ".join(
-        f"{end.removeprefix('lora_').removesuffix('.weight')} {shape}"
-        for end, shape in shapes.items()
-    )
-
-
-def _parameter_mismatches(
-    parameters: Mapping[str, nn.Parameter], whole: Mapping[str, Tensor]
-) -> list[str]:
-    """Where the parameters that were trained as a whole are not those of the model."""
-    found = []
-    for name, tensor in whole.items():
-        if name not in parameters:
-            found.append(f"the model has no parameter {name}")
-        elif parameters[name].shape != tensor.shape:
-            there, here = list(tensor.shape), list(parameters[name].shape)
-            found.append(f"{name}: the file has {there}, the model {here}")
-        elif not tensor.is_floating_point():
-            found.append(f"{name}: the file has {tensor.dtype}")
-    return found
+    for name, adapter in adapters.items():
+        for end, parameter in adapter.tensors().items():
+            value = saved.layers[name].get(end)
+            if value is not None and value.shape == parameter.shape:
+                parameter.copy_(value)
+    return adapters
 
 
 @torch.no_grad()
-def _copy(
-    saved: SavedAdapter, adapters: Mapping[str, LoRA], parameters: Mapping[str, nn.Parameter]
-) -> None:
-    for layer, adapter in adapters.items():
-        adapter.alpha = alpha_of(saved.config, layer)
-        adapter.dropout = dropout_of(saved.config)
-        for end, parameter in adapter.tensors().items():
-            parameter.copy_(saved.layers[layer][end])
+def _overwrite(existing: Mapping[str, LoRA], adapters: Mapping[str, LoRA]) -> None:
+    """Gives adapters the values of others. An optimizer may hold their parameters, which stay."""
+    for layer, new in adapters.items():
+        old = existing[layer]
+        old.alpha, old.dropout = new.alpha, new.dropout
+        values = new.tensors()
+        for end, parameter in old.tensors().items():
+            parameter.copy_(values[end])
 
-    for name, tensor in saved.whole.items():
-        parameters[name].copy_(tensor)
-        parameters[name].requires_grad_(True)
+
+@torch.no_grad()
+def _set_whole(values: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, value in values:
+        parameter.copy_(value)
+        parameter.requires_grad_(True)

@@ -1,6 +1,5 @@
 """adapter_config.json, PEFT's description of an adapter: what is written, read and refused."""
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -8,6 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from minilora.files.json_file import read_json
+from minilora.files.peft_values import check_values
+from minilora.files.text import shown
 from minilora.targets import is_named
 
 CONFIG = "adapter_config.json"
@@ -22,12 +24,16 @@ _READ = frozenset(
         "rank_pattern",
         "alpha_pattern",
         "modules_to_save",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
     }
 )
 
-# Options that do not change the function computed by the saved tensors: how the layers were
-# chosen, how A and B were initialized, what the base model was. Any other option that is set
-# belongs to a variant of LoRA and is refused.
+# Options that do not change the function computed by the saved tensors: how A and B were
+# initialized, what the base model was. Any other option that is set belongs to a variant of LoRA
+# and is refused.
 _HARMLESS = frozenset(
     {
         "auto_mapping",
@@ -35,11 +41,8 @@ _HARMLESS = frozenset(
         "corda_config",
         "ensure_weight_tying",
         "eva_config",
-        "exclude_modules",
         "inference_mode",
         "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
         "loftq_config",
         "lora_ga_config",
         "megatron_core",
@@ -47,7 +50,6 @@ _HARMLESS = frozenset(
         "qalora_group_size",
         "revision",
         "runtime_config",
-        "target_modules",
         "task_type",
     }
 )
@@ -71,7 +73,7 @@ def make_config(
             most layers share with the first one is written once; ranks and alphas that differ
             from it become patterns.
         linear_layers: the names of all linear layers of the model.
-        modules_to_save: modules that were trained whole.
+        modules_to_save: modules that were trained whole, and parameters of the model itself.
     """
     shared = next(iter(adapters.values()))
     source = getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -116,7 +118,7 @@ def _target_modules(adapted: Collection[str], linear_layers: Collection[str]) ->
 
 
 def read_config(path: Path, own_options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the contents of an adapter_config.json.
+    """Returns the contents of an adapter_config.json, after a check of every value that is used.
 
     Args:
         path: the file.
@@ -125,20 +127,15 @@ def read_config(path: Path, own_options: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is not a LoRA adapter's config, or sets an option that would change the
-            function and that the adapter does not have.
+        ValueError: it is not a LoRA adapter's config, has a value of another type or out of range,
+            or sets an option that would change the function and that the adapter does not have.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {path.parent} holds no adapter")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} has no peft_type: it is not an adapter's config")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, minilora reads 'LORA'")
+    config = read_json(path)
+    if (kind := config.get("peft_type")) != "LORA":
+        raise ValueError(f"{path}: peft_type is {shown(repr(kind))}, minilora reads 'LORA'")
+    check_values(config, path)
 
     variant = {option: own_options[option] for option in own_options if option not in _READ}
     missing = {option: value for option, value in variant.items() if config.get(option) != value}
@@ -164,20 +161,6 @@ def _refused_options(config: Mapping[str, Any], variant: Mapping[str, Any]) -> d
 
 
 def _listed(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{option}={value!r}" for option, value in options.items())
-
-
-def alpha_of(config: Mapping[str, Any], layer: str) -> float:
-    """Returns a layer's alpha: that of the first pattern that matches, or the adapter's.
-
-    A pattern matches a full name or a dotted end of it, as in PEFT.
-    """
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return float(alpha)
-    return float(config.get("lora_alpha", 8))
-
-
-def dropout_of(config: Mapping[str, Any]) -> float:
-    """Returns the dropout on the adapters' input."""
-    return float(config.get("lora_dropout") or 0)
+    listed = [f"{shown(option)}={shown(repr(value))}" for option, value in options.items()]
+    more = f", and {len(listed) - 10} more" if len(listed) > 10 else ""
+    return ", ".join(listed[:10]) + more

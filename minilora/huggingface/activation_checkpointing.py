@@ -43,20 +43,22 @@ def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
     config: Any = model.config
     use_cache = getattr(config, "use_cache", None)
 
-    # Reentrant checkpointing passes no gradient to a block whose input needs none, which is the
-    # case after a frozen embedding.
-    enable({"use_reentrant": False})
-
-    # A hook for reentrant checkpointing, which torch.compile cannot trace.
-    model.disable_input_require_grads()  # type: ignore[operator]
-
-    # The cache of keys and values is for generation; transformers warns if it has to ignore it.
-    config.use_cache = False
+    was_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     try:
+        # Reentrant checkpointing passes no gradient to a block whose input needs none, which is
+        # the case after a frozen embedding.
+        enable({"use_reentrant": False})
+
+        # A hook for reentrant checkpointing, which torch.compile cannot trace.
+        model.disable_input_require_grads()  # type: ignore[operator]
+
+        # The cache of keys and values is for generation; transformers warns if it has to ignore it.
+        config.use_cache = False
         yield
     finally:
         config.use_cache = use_cache
-        disable()
+        if not was_on:
+            disable()
 
 
 def _switches(model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:

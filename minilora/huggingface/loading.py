@@ -2,7 +2,10 @@
 
 import ctypes
 import gc
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import torch
 from torch import nn
 
 from minilora.huggingface.bundled import DEMO_MODEL, bundled_model_folder
+from minilora.huggingface.messages import one_line
+from minilora.huggingface.model_folder import check_architecture, check_weights, read_config
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -29,46 +34,165 @@ def pick_device(name: str | None) -> torch.device:
     """Returns the device of that name; None: the GPU if available, otherwise the CPU.
 
     Raises:
-        ValueError: a GPU is asked for and PyTorch sees none.
+        ValueError: this machine, or this PyTorch, has no such device; the message says which it
+            has.
     """
     available = torch.cuda.is_available()
     if name is None:
         return torch.device("cuda" if available else "cpu")
 
-    device = torch.device(name)
-    if device.type == "cuda" and not available:
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()) if available)]
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    if name in here or (name == "cuda" and available):
+        return torch.device(name)
+
+    if name.startswith("cuda") and not available:
         raise ValueError(
-            f"device={name!r}: this PyTorch ({torch.__version__}) sees no GPU; "
+            f"device={one_line(name, 40)!r}: this PyTorch ({torch.__version__}) sees no GPU; "
             "leave device out to run on the CPU"
         )
-    return device
+    raise ValueError(f"device={one_line(name, 40)!r}: this machine has {', '.join(here)}")
 
 
 def load_dense(
-    source: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Returns (model, tokenizer) of a causal language model.
+
+    Weights are read from safetensors files alone, and no code of the model's is run unless
+    `trust_remote_code` allows it.
 
     Args:
         source: a folder, a hub id, or "smollm2", the bundled demo model.
         dtype: of the weights; None: see `best_dtype`.
         device: where the model is moved to; None: the CPU.
+        trust_remote_code: run the Python files that come with the model. They can do anything that
+            you can.
 
     Raises:
-        ValueError: transformers cannot load a causal language model from the source.
+        ValueError: transformers cannot load a causal language model from the source; the model is
+            quantized already, needs code that is not allowed, or its weights are pickled, do not
+            fit its config, or give logits that are not finite.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     device = device or torch.device("cpu")
     path = bundled_model_folder() if str(source) == DEMO_MODEL else source
+    # What the config describes, without memory: it may be another model than the weights are of.
+    empty_model(path, trust_remote_code=trust_remote_code)
+    if Path(path).is_dir():
+        check_weights(Path(path))
+
+    with _named_errors(source):
+        model, tokenizer = _from_pretrained(path, dtype or best_dtype(device), trust_remote_code)
+        model = model.to(device)
+        _try_out(model)
+    return model, tokenizer
+
+
+def load_config(source: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Returns the transformers config of a model, checked; no weights are read.
+
+    Args:
+        source, trust_remote_code: as for `load_dense`.
+
+    Raises:
+        ValueError: see `read_config`, or transformers does not know the kind of model.
+    """
+    from transformers import AutoConfig
+
+    path = bundled_model_folder() if str(source) == DEMO_MODEL else source
+    read_config(path, trust_remote_code)
+    with _named_errors(source):
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def empty_model(source: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """Returns a causal language model on the meta device: all its layers, and no weights.
+
+    Args:
+        source: a transformers config; or a folder or hub id, of which only the config is read.
+        trust_remote_code: as for `load_dense`.
+
+    Raises:
+        ValueError: transformers has no causal language model for the config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trust: Any = {"trust_remote_code": trust_remote_code}
+    model: nn.Module
+    if not isinstance(source, str | os.PathLike):
+        with _named_errors(type(source).__name__), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(source, **trust)
+        return model
+
+    contents = read_config(Path(source), trust_remote_code)
+    with _named_errors(source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, **trust)
+        model = AutoModelForCausalLM.from_config(config, **trust)
+        check_architecture(contents, model)
+    return model
+
+
+@contextmanager
+def _named_errors(source: object) -> Iterator[None]:
+    """Errors inside the block name the model. A folder can make transformers raise almost any."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or best_dtype(device))
-    except (OSError, ValueError) as error:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         raise ValueError(
-            f"{source} cannot be loaded as a causal language model: {error}"
+            f"{one_line(source)} cannot be loaded as a causal language model: {_reason(error)}"
         ) from error
-    return model.to(device), tokenizer
+
+
+def _from_pretrained(
+    path: str | Path, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )
+
+    # transformers fills what is missing with random numbers, and ignores what is left over.
+    for kind, means in _MISFITS.items():
+        if names := sorted(map(str, found.get(kind) or ())):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(
+                f"its weights do not fit its config.json, which {means} {names[0]}{more}"
+            )
+    return model, tokenizer
+
+
+@torch.no_grad()
+def _try_out(model: Any) -> None:
+    """Computes one token: much of what is wrong in a config shows only then."""
+    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    if not model(input_ids=token).logits.isfinite().all():
+        raise ValueError("its logits are not finite: NaN or infinity among its weights")
+
+
+# What transformers says of a loaded checkpoint -> what it means.
+_MISFITS = {
+    "missing_keys": "needs",
+    "mismatched_keys": "has another shape for",
+    "unexpected_keys": "has no place for",
+}
+
+
+def _reason(error: Exception) -> str:
+    """An error's text; with its type, if it is one that is not meant to be read."""
+    text = one_line(error)
+    return text if isinstance(error, OSError | ValueError) and text else one_line(repr(error))
 
 
 def release_checkpoint_memory(model: nn.Module) -> None:

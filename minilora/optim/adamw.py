@@ -90,24 +90,28 @@ class PagedAdamW(torch.optim.Optimizer):
         p <- p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
     Parameters, states and `state_dict` are those of `torch.optim.AdamW`, bit for bit (tested on the
-    CPU), wherever the states live; either optimizer loads the other's state dict. Parameter groups,
-    schedulers, clipping, hooks and closures work as in any `torch.optim.Optimizer`.
+    CPU), wherever the states live; either optimizer loads the other's state dict. With float32
+    states for 16-bit parameters, `torch.optim.AdamW` would round them when it loads them. Parameter
+    groups, schedulers, clipping, hooks and closures work as in any `torch.optim.Optimizer`.
 
     Args:
-        params: parameters or groups of them: floating point, dense, any shape. States have the
-            dtype of their parameter.
+        params: parameters or groups of them: floating point, dense, any shape.
         lr, betas, eps, weight_decay: Python numbers, as for `torch.optim.AdamW`.
         page: "on_oom": states live on the device until a step runs out of memory there, from then
             on in (pinned) host memory. "always": in host memory from the start. "never": on the
             device, and running out of memory is an error.
+        state_dtype: None: states and arithmetic in the dtype of their parameter, as in
+            `torch.optim.AdamW`. `torch.float32`: those of 16-bit parameters in float32, with twice
+            the memory for states: p <- round(AdamW(float32(p), float32(g), m, v)), one rounding per
+            step. float16 needs it: there eps=1e-8 is zero and g^2 vanishes for |g| < 5e-3.
 
     Attributes:
         paging: a `Paging`: since which step, pages, bytes moved, milliseconds.
 
     Raises:
         ValueError, TypeError: an option that is out of range or not supported (a tensor as lr,
-            amsgrad, maximize), a complex parameter or a sparse gradient, by name. Nothing has
-            changed.
+            amsgrad, maximize), an eps that is zero in float16, a complex parameter or a sparse
+            gradient, states that no longer fit their parameter, by name. Nothing has changed.
         torch.OutOfMemoryError: from `step`: not even the smallest pages fit. Nothing has changed;
             free memory and call `step` again.
         MemoryError: from `step` and `page_out`: not enough host memory for the states. No parameter
@@ -134,17 +138,20 @@ class PagedAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         page: PageMode = "on_oom",
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         if page not in get_args(PageMode):
             raise ValueError(f'page={page!r}: must be one of "on_oom", "always", "never"')
+        if state_dtype not in (None, torch.float32):
+            raise ValueError(f"state_dtype={state_dtype}: must be None or torch.float32")
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         check_options(options)
-        self._placement = Placement(page)
+        self._placement = Placement(page, state_dtype)
         super().__init__(params, {**options, **TORCH_OPTIONS})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group as `torch.optim.AdamW` does, or raises and adds nothing."""
-        super().add_param_group(checked_group(param_group, self.defaults))
+        super().add_param_group(checked_group(param_group, self.defaults, self._placement))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -154,7 +161,7 @@ class PagedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        trained = trained_groups(self.param_groups)
+        trained = trained_groups(self.param_groups, self.state, self._placement)
 
         # First everything is allocated. From then on nothing is, and nothing can fail.
         placement = self._placement
@@ -176,6 +183,10 @@ class PagedAdamW(torch.optim.Optimizer):
     @property
     def page(self) -> PageMode:
         return self._placement.mode
+
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        return self._placement.state_dtype
 
     @property
     def paging(self) -> Paging:
@@ -224,7 +235,8 @@ class PagedAdamW(torch.optim.Optimizer):
         The states are copied to where `page` wants them. After an error the optimizer is unchanged.
 
         Raises:
-            ValueError, TypeError: it belongs to other parameters or to an unsupported optimizer.
+            ValueError, TypeError: it belongs to other parameters or to an unsupported optimizer, or
+                its states would be rounded.
             torch.OutOfMemoryError, MemoryError: not enough memory.
         """
         with copied_states(self, self._placement):

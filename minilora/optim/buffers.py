@@ -63,11 +63,15 @@ class StepBuffers:
 
         for group, updates in work:
             limit = transfer.choose_page_bytes() // 2 if paged else transfer.scratch_bytes
-            limit = round_down(limit // updates[0].param.itemsize)
+            limit = round_down(limit // updates[0].exp_avg.itemsize)
             self.pages += cut_into_pages(group, updates, limit)
 
         largest = max((page.state_bytes for page in self.pages), default=0)
         self.scratch = self._empty_on_device(largest)
+
+        # Parameters and gradients in the dtype of wider states, side by side.
+        wider = max((page.state_bytes for page in self.pages if page.is_wider), default=0)
+        self.widened = [self._empty_on_device(wider) for _ in range(2)] if wider else []
 
         self.page_buffers: list[Tensor] = []
         if any(update.on_host for _, updates in work for update in updates):
@@ -80,7 +84,7 @@ class StepBuffers:
         """Updates page after page, and counts in `paging` what was copied."""
         if not self.page_buffers:
             for page in self.pages:
-                update(page.group, self._operands(page))
+                self._update(update, page)
             return
 
         self.transfer.wait_for_compute()
@@ -91,7 +95,7 @@ class StepBuffers:
             next_event = self._copy_in(i + 1)
 
             self.transfer.wait(event)
-            update(page.group, self._operands(page, self._states_on_device(i)))
+            self._update(update, page, self._states_on_device(i))
 
             self.transfer.copy_out((host, device) for device, host in self._state_pairs(i))
             self._count(page, paging)
@@ -118,6 +122,22 @@ class StepBuffers:
                 elements = slice(chunk.offset, chunk.offset + chunk.length)
                 yield exp_avg[elements], chunk.flat_view_in_param(chunk.update.exp_avg)
                 yield exp_avg_sq[elements], chunk.flat_view_in_param(chunk.update.exp_avg_sq)
+
+    def _update(
+        self, update: UpdatePage, page: Page, paged: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Updates a page. Under wider states the parameters are widened, and rounded once."""
+        operands = self._operands(page, paged)
+        if not page.is_wider:
+            update(page.group, operands)
+            return
+
+        flat = [buffer[: page.state_bytes].view(page.dtype) for buffer in self.widened]
+        params, grads = ([chunk.view_in_page(wide) for chunk in page.chunks] for wide in flat)
+        torch._foreach_copy_(params, operands.params)
+        torch._foreach_copy_(grads, operands.grads)
+        update(page.group, operands._replace(params=params, grads=grads))
+        torch._foreach_copy_(operands.params, params)
 
     def _operands(self, page: Page, paged: tuple[Tensor, Tensor] | None = None) -> Operands:
         """`paged`: both states of the page in its buffer, for the chunks that are on the host."""

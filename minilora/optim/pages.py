@@ -92,7 +92,13 @@ class Page(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.chunks[0].update.param.dtype
+        """Of the states and of the arithmetic."""
+        return self.chunks[0].update.exp_avg.dtype
+
+    @property
+    def is_wider(self) -> bool:
+        """Whether the states are in a wider dtype than the parameters."""
+        return self.dtype != self.chunks[0].update.param.dtype
 
     @property
     def state_bytes(self) -> int:

@@ -1,7 +1,8 @@
 r"""Where the states live: on the device, or in host memory.
 
-The states of a parameter are AdamW's two moments, in the dtype of the parameter, and its number of
-steps, which is always on the CPU. `page` decides where the moments are:
+The states of a parameter are AdamW's two moments, in the dtype of the parameter or in float32
+(`state_dtype`), and its number of steps, which is always on the CPU. `page` decides where the
+moments are:
 
     "on_oom"   on the device until it runs out of memory, from then on in host memory
     "always"   in host memory from the start
@@ -36,12 +37,14 @@ class Placement:
 
     Attributes:
         mode: the optimizer's `page`.
+        state_dtype: the dtype of the moments of 16-bit parameters; None: the parameter's.
         paging: what was moved so far.
         on_host: the parameters whose states are in host memory.
     """
 
-    def __init__(self, mode: PageMode) -> None:
+    def __init__(self, mode: PageMode, state_dtype: torch.dtype | None = None) -> None:
         self.mode = mode
+        self.state_dtype = state_dtype
         self.paging = Paging()
         self.on_host: set[Tensor] = set()
         self._transfers: dict[torch.device, Transfer] = {}
@@ -54,6 +57,12 @@ class Placement:
     def prefers_host(self) -> bool:
         """Whether states belong in host memory. Some may still be on the device."""
         return self.mode == "always" or self.paging.since is not None
+
+    def dtype_of(self, param: Tensor) -> torch.dtype:
+        """The dtype of a parameter's moments, and of the arithmetic of its update."""
+        if self.state_dtype is not None and param.itemsize == 2:
+            return self.state_dtype
+        return param.dtype
 
     def transfer(self, device: torch.device) -> Transfer:
         if device not in self._transfers:
@@ -73,11 +82,14 @@ class Placement:
         """The states of a parameter before its first step: zeros."""
         state = {"step": torch.zeros((), dtype=torch.float32)}
 
+        dtype = self.dtype_of(param)
+
         for key in MOMENTS:
             if on_host:
-                state[key] = self.transfer(param.device).empty_on_host(param).zero_()
+                empty = self.transfer(param.device).empty_on_host(param, dtype)
+                state[key] = empty.zero_()
             else:
-                state[key] = torch.zeros_like(param)
+                state[key] = torch.zeros_like(param, dtype=dtype)
 
         return state
 
@@ -123,7 +135,7 @@ class Placement:
         return total
 
     def _copy_to_host(self, param: Tensor, moment: Tensor) -> Tensor:
-        return self.transfer(param.device).empty_on_host(moment).copy_(moment)
+        return self.transfer(param.device).empty_on_host(moment, moment.dtype).copy_(moment)
 
     def move_to_device(self, state: States) -> int:
         """Moves all states to the device, or none; returns the number of bytes moved."""
@@ -153,4 +165,6 @@ class Placement:
 
 
 def _copies_on_device(param: Tensor, state: State) -> State:
-    return {key: torch.empty_like(param).copy_(state[key]) for key in MOMENTS}
+    return {
+        key: torch.empty_like(param, dtype=state[key].dtype).copy_(state[key]) for key in MOMENTS
+    }

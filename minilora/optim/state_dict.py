@@ -6,6 +6,7 @@ state dict before PyTorch sees it, and installed afterwards. A state dict that d
 refused before anything has changed.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,7 +49,7 @@ class _Loading:
         # Groups written by older versions of PyTorch lack some of the options.
         groups = [{**TORCH_OPTIONS, **group} for group in state_dict["param_groups"]]
         check_groups(groups, optimizer)
-        saved = match_states(groups, state_dict["state"], optimizer)
+        saved = match_states(groups, state_dict["state"], optimizer, self.placement)
 
         self.copies, self.on_host = copy_where_they_fit(saved, self.placement)
         return {**state_dict, "state": {}, "param_groups": groups}
@@ -80,9 +81,12 @@ def check_groups(groups: list[Group], optimizer: torch.optim.Optimizer) -> None:
 
 
 def match_states(
-    groups: list[Group], states: dict[Any, Any], optimizer: torch.optim.Optimizer
+    groups: list[Group],
+    states: dict[Any, Any],
+    optimizer: torch.optim.Optimizer,
+    placement: Placement,
 ) -> dict[Tensor, Any]:
-    """Returns the saved state of each parameter, with its keys and shapes checked."""
+    """Returns the saved state of each parameter, with its keys, shapes and dtypes checked."""
     ids = [i for group in groups for i in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -96,24 +100,46 @@ def match_states(
     matched: dict[Tensor, Any] = {}
     for i, p in zip(ids, params, strict=True):
         if states.get(i):
-            _check_state(i, states[i], p)
+            _check_state(i, states[i], p, placement.dtype_of(p))
             matched[p] = states[i]
     return matched
 
 
-def _check_state(i: int, state: dict[str, Any], p: Tensor) -> None:
-    if state.keys() != {"step", *MOMENTS}:
+def _check_state(i: int, state: Any, p: Tensor, dtype: torch.dtype) -> None:
+    if not isinstance(state, dict) or state.keys() != {"step", *MOMENTS}:
+        found = sorted(state) if isinstance(state, dict) else type(state).__name__
         raise ValueError(
-            f"the state of parameter {i} has {sorted(state)}, "
+            f"the state of parameter {i} has {found}, "
             "but AdamW's has ['step', 'exp_avg', 'exp_avg_sq']"
         )
 
     for key in MOMENTS:
-        if state[key].shape != p.shape:
+        value = state[key]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{key} of parameter {i} is {kind}: it must be a tensor of floats")
+        if value.shape != p.shape:
             raise ValueError(
-                f"{key} of parameter {i} has shape {tuple(state[key].shape)}, "
+                f"{key} of parameter {i} has shape {tuple(value.shape)}, "
                 f"but the parameter has shape {tuple(p.shape)}"
             )
+        if torch.promote_types(value.dtype, dtype) != dtype:
+            raise ValueError(
+                f"{key} of parameter {i} is {value.dtype} and would be rounded to {dtype}, the "
+                f"dtype of this optimizer's states. {_way_out(value.dtype, p)}"
+            )
+
+    step = state["step"]
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = step.item()
+    if not isinstance(step, int | float) or not 0 <= step < math.inf:
+        raise ValueError(f"step of parameter {i} is {step}: it must be one number, at least 0")
+
+
+def _way_out(dtype: torch.dtype, p: Tensor) -> str:
+    if dtype == torch.float32 and p.itemsize == 2:
+        return "Create it with state_dtype=torch.float32, which keeps them"
+    return "Cast the states yourself if that is meant, or convert the model back"
 
 
 def copy_where_they_fit(saved: dict[Tensor, Any], placement: Placement) -> tuple[States, bool]:

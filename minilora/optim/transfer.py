@@ -60,23 +60,24 @@ class Transfer(ABC):
         self.page_bytes //= 2
         return True
 
-    def empty_on_host(self, like: Tensor) -> Tensor:
-        """Returns uninitialized host memory for a dense copy of `like`.
+    def empty_on_host(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns uninitialized host memory for a dense copy of `like` in `dtype`.
 
         Raises:
             MemoryError: the host does not have enough memory.
         """
         try:
-            return self._empty_on_host(like)
+            return self._empty_on_host(like, dtype)
         except RuntimeError as error:
+            nbytes = like.numel() * dtype.itemsize
             raise MemoryError(
-                f"not enough host memory: cannot allocate {like.nbytes} bytes for a state of shape "
+                f"not enough host memory: cannot allocate {nbytes} bytes for a state of shape "
                 f"{tuple(like.shape)}: {error}. States that have already moved stay on the host, "
                 "the others on the device, and none is lost: free host memory and try again"
             ) from error
 
     @abstractmethod
-    def _empty_on_host(self, like: Tensor) -> Tensor: ...
+    def _empty_on_host(self, like: Tensor, dtype: torch.dtype) -> Tensor: ...
 
     @abstractmethod
     def free_bytes(self) -> int:
@@ -118,8 +119,8 @@ class BlockingTransfer(Transfer):
     # Less would fit into the cache, but every page wakes all threads twice.
     scratch_bytes = 4 * 2**20
 
-    def _empty_on_host(self, like: Tensor) -> Tensor:
-        return torch.empty_like(like, device="cpu")
+    def _empty_on_host(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty_like(like, device="cpu", dtype=dtype)
 
     def free_bytes(self) -> int:
         return 4 * LARGEST_PAGE
@@ -159,10 +160,10 @@ class CudaTransfer(Transfer):
         self.side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pinned = True
 
-    def _empty_on_host(self, like: Tensor) -> Tensor:
+    def _empty_on_host(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         if self.pinned:
             try:
-                return torch.empty_like(like, device="cpu", pin_memory=True)
+                return torch.empty_like(like, device="cpu", dtype=dtype, pin_memory=True)
             except RuntimeError as error:
                 self.pinned = False
                 warnings.warn(
@@ -171,7 +172,7 @@ class CudaTransfer(Transfer):
                     "Raise `ulimit -l`, or give the host more memory",
                     stacklevel=2,
                 )
-        return torch.empty_like(like, device="cpu")
+        return torch.empty_like(like, device="cpu", dtype=dtype)
 
     def free_bytes(self) -> int:
         allocated = torch.cuda.memory_allocated(self.device)

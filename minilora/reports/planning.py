@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from minilora.kernels.reference.nf4 import GROUP
@@ -147,6 +146,7 @@ def plan(
     quantize: bool | Targets = True,
     block_size: int = 64,
     double_quant: bool = True,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Returns what `quantize` and `inject` would do with these arguments, and the memory of a run.
 
@@ -160,6 +160,7 @@ def plan(
             Targets: these layers are in NF4, whichever get an adapter (`finetune` quantizes
             "all-linear").
         block_size, double_quant: as for `quantize`.
+        trust_remote_code: run the Python files that come with a folder or hub id.
 
     Raises:
         ValueError, TypeError: what `quantize` and `inject` would raise, such as a target that
@@ -171,7 +172,7 @@ def plan(
         (800, ['0', '1'])
     """
     check_format(block_size, "nf4")
-    name, model = _named_model(model)
+    name, model = _named_model(model, trust_remote_code)
 
     adapted = _layers_to_adapt(model, r, alpha, targets, exclude)
     quantized_targets = targets if quantize is True else quantize
@@ -271,15 +272,13 @@ def _count_parameters(model: nn.Module) -> int:
     return dense + sum(int(layer.weight.numel()) for layer in quantized)
 
 
-def _named_model(source: Any) -> tuple[str, nn.Module]:
+def _named_model(source: Any, trust_remote_code: bool) -> tuple[str, nn.Module]:
     """Returns (name, model). A config or a model's name gives a model on the meta device."""
     if isinstance(source, nn.Module):
         return type(source).__name__, source
 
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from minilora.huggingface.loading import empty_model
 
+    model = empty_model(source, trust_remote_code=trust_remote_code)
     is_name = isinstance(source, str | os.PathLike)
-    config = AutoConfig.from_pretrained(source) if is_name else source
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     return str(source) if is_name else type(model).__name__, model

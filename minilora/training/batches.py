@@ -13,6 +13,9 @@ from minilora.training.data import IGNORE, Example
 # keeps the number of shapes, and so the time and memory of compiling, small.
 PAD_TO_MULTIPLE = 16
 
+# How often one step may show an example. With 8 the default batch size serves even one example.
+MOST_REPEATS = 8
+
 # Examples of one optimizer step, each with its index in the training data.
 Picked = Sequence[tuple[int, Example]]
 
@@ -56,12 +59,32 @@ def batch_order(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     return picked
 
 
+def check_step_size(examples: int, config: FinetuneConfig) -> None:
+    """Raises ValueError if a step is so large that it would show the same examples again and again.
+
+    Args:
+        examples: number of training examples.
+        config: batch_size and grad_accum.
+    """
+    per_step = config.batch_size * config.grad_accum
+    if per_step > MOST_REPEATS * examples:
+        raise ValueError(
+            f"batch_size={config.batch_size} times grad_accum={config.grad_accum} is {per_step} "
+            f"sequences per step, and there are {examples} training examples: a step may show each "
+            f"at most {MOST_REPEATS} times, so lower batch_size or grad_accum"
+        )
+
+
 def pick_examples(examples: Sequence[Example], config: FinetuneConfig, step: int) -> Picked:
     """Returns the examples of an optimizer step (0, 1, ...), sorted by length.
 
     Sorted, the examples of a micro-batch have similar lengths, which saves padding. The sum of
     their gradients is the same in any order.
+
+    Raises:
+        ValueError: see `check_step_size`.
     """
+    check_step_size(len(examples), config)
     per_step = config.batch_size * config.grad_accum
     order = batch_order(len(examples), per_step, config.seed, step)
     picked = [(i, examples[i]) for i in order]

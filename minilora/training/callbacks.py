@@ -5,6 +5,7 @@ each `Step`; what it opened is closed when the loop ends, with or without an err
 a callback too: `CheckpointManager.saving`.
 """
 
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -12,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from minilora.files.atomic import write_text
+from minilora.files.disk_errors import naming
 from minilora.optim.adamw import PagedAdamW
 from minilora.reports.formatting import format_bytes
 from minilora.training.loop import Step
@@ -40,8 +42,9 @@ def show_progress(total: int, done: int, optimizer: PagedAdamW) -> Iterator[Afte
 
         def after_step(step: Step) -> None:
             speed = step.tokens / step.seconds
-            memory = format_bytes(peak_memory())
-            bar.set_postfix_str(f"loss {step.loss:.3f}, {speed:.0f} tokens/s, {memory}")
+            memory = peak_memory()
+            held = f", {format_bytes(memory)}" if memory else ""
+            bar.set_postfix_str(f"loss {step.loss:.3f}, {speed:.0f} tokens/s{held}")
             bar.update()
 
         yield after_step
@@ -55,15 +58,27 @@ def write_metrics(path: Path, history: Sequence[Step]) -> Iterator[AfterStep]:
     """Writes one line of JSON per step, first those of `history`.
 
     Lines of later steps, which a run that was killed may have left, are removed.
+
+    Raises:
+        OSError: the file cannot be written; the message names it.
     """
-    write_text(path, to_jsonl(history))
-    with path.open("a") as file:
+    with naming(path):
+        write_text(path, to_jsonl(history))
+        # In bytes: on Windows too, a line ends in one character.
+        file = path.open("ab", buffering=0)
+    with file:
 
         def after_step(step: Step) -> None:
-            file.write(to_jsonl([step]))
-            file.flush()
+            with naming(path):
+                _write_all(file, to_jsonl([step]).encode())
 
         yield after_step
+
+
+def _write_all(file: io.FileIO, line: bytes) -> None:
+    # A disk that is nearly full takes a part of it, and raises an error at the next attempt.
+    while line:
+        line = line[file.write(line) :]
 
 
 def to_jsonl(history: Iterable[Step]) -> str:

@@ -1,37 +1,54 @@
 """Decides when a run saves a checkpoint, and from which one it resumes."""
 
+import json
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from minilora.files.text import shown_value
+from minilora.training.base import sha256_of_base
 from minilora.training.callbacks import AfterStep
 from minilora.training.checkpoints import (
-    RunState,
-    check_config,
-    find_checkpoint,
     fingerprint,
-    read_checkpoint,
+    newest_checkpoint,
     remove_checkpoints,
-    restore_checkpoint,
     save_checkpoint,
 )
 from minilora.training.config import FinetuneConfig
 from minilora.training.data import Example
 from minilora.training.interrupts import Interrupted, catch_signals
 from minilora.training.loop import Step
+from minilora.training.restoring import restore_checkpoint
+from minilora.training.run_folder import begin, check_folder, check_new
+from minilora.training.run_state import RunState, read_run
+
+# Settings that may change when a run is resumed. The path of the data may, but not its examples.
+MAY_CHANGE = {
+    "data",
+    "out",
+    "device",
+    "checkpointing",
+    "save_every",
+    "keep",
+    "resume",
+    "overwrite",
+    "trust_remote_code",
+}
 
 
 class CheckpointManager:
     """The checkpoints of one run.
 
     Args:
-        config: `out`, `save_every`, `keep` and `resume` say where, how often, how many, and
-            whether to resume. All other settings must be those of the run to resume.
+        config: `out`, `save_every`, `keep`, `resume` and `overwrite` say where, how often, how
+            many, whether to resume, and whether a new run may replace another one. All other
+            settings must be those of the run to resume.
 
     Attributes:
         run: what the next checkpoint will hold besides tensors.
@@ -39,19 +56,24 @@ class CheckpointManager:
         resumed: whether the run started from a checkpoint.
 
     Raises:
-        ValueError: see `find_checkpoint`, `read_checkpoint` and `check_config`.
-        FileNotFoundError: see `find_checkpoint`.
+        ValueError: see `check_new`, `read_run` and `check_config`.
+        FileNotFoundError: see `newest_checkpoint`.
     """
 
     def __init__(self, config: FinetuneConfig) -> None:
         self.config = config
         self.out = Path(config.out)
-        self.newest = find_checkpoint(self.out, config.resume)
-        self.resumed = self.newest is not None
+        self.newest: Path | None = None
+        self.resumed = config.resume
         self.run = RunState(asdict(config))
-        if self.newest is not None:
-            self.run = read_checkpoint(self.newest)
+
+        check_folder(self.out)
+        if config.resume:
+            self.newest = newest_checkpoint(self.out)
+            self.run = read_run(self.newest, self.out)
             check_config(self.newest, self.run, asdict(config))
+        else:
+            check_new(self.out, config.overwrite)
 
     def check_examples(self, examples: Sequence[Example]) -> None:
         """Raises ValueError if the data gives other examples than those of the run so far."""
@@ -64,11 +86,26 @@ class CheckpointManager:
             )
         self.run.examples = now
 
+    def check_base(self, model: nn.Module) -> None:
+        """Raises ValueError if the model, without adapters yet, is not that of the run so far."""
+        now = sha256_of_base(model)
+        if self.resumed and now != self.run.base:
+            raise ValueError(
+                f"{self.config.model} is not the base that {self.newest} was trained on: its "
+                "weights have changed, or this device loads them in another dtype. Restore it to "
+                "resume, or start a new run in another folder"
+            )
+        self.run.base = now
+
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Step]:
         """Restores the checkpoint to resume from, if any; returns the steps taken so far."""
         if self.newest is not None:
-            restore_checkpoint(self.newest, model, optimizer)
+            restore_checkpoint(self.newest, self.run, model, optimizer)
         return list(self.run.history)
+
+    def begin(self) -> None:
+        """Writes config.json. Until then the folder is as it was; see `run_folder`."""
+        begin(self.out, asdict(self.config), self.newest)
 
     @contextmanager
     def saving(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[AfterStep]:
@@ -83,7 +120,7 @@ class CheckpointManager:
         with catch_signals() as request:
 
             def after_step(step: Step) -> None:
-                self.run.history.append(step)
+                self.run.add(step)
                 due = every > 0 and step.step % every == 0
                 if due or request.signal is not None:
                     self.newest = save_checkpoint(self.out, self.run, model, optimizer, keep)
@@ -107,3 +144,37 @@ class CheckpointManager:
     def remove(self) -> None:
         """Removes the checkpoints of a finished run."""
         remove_checkpoints(self.out)
+
+
+def check_config(path: Path, run: RunState, config: Mapping[str, Any]) -> None:
+    """Raises ValueError, which names the settings, if `config` cannot continue the run.
+
+    Args:
+        path: the checkpoint.
+        run: what it holds.
+        config: the settings to resume with.
+    """
+    # As JSON holds them: a tuple is a list.
+    now = json.loads(json.dumps(dict(config)))
+
+    if strange := sorted(run.config.keys() ^ now.keys()):
+        names = ", ".join(shown_value(name) for name in strange[:5])
+        raise ValueError(
+            f"{path} was not written with the settings of this version of minilora: {names} are "
+            f"missing or unknown. Restore it, or remove {path.parent} to start over"
+        )
+    differing = [
+        f"{name}={shown_value(run.config[name])}, not {shown_value(now[name])}"
+        for name in sorted(now)
+        if name not in MAY_CHANGE and not _same(run.config[name], now[name])
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} belongs to a run with {'; '.join(differing)}: resume with the same settings, "
+            "or start a new run in another folder"
+        )
+
+
+def _same(was: Any, now: Any) -> bool:
+    """Whether two settings are equal; True is not 1."""
+    return was == now and isinstance(was, bool) == isinstance(now, bool)

@@ -5,69 +5,54 @@ A checkpoint is a folder, OUT/checkpoints/step-00000040:
     adapter_config.json,          the adapter in PEFT's layout; the folder can be given as --adapter
     adapter_model.safetensors
     optimizer.safetensors         AdamW's moments and step counts, as "<parameter's index>.<name>"
-    run.json                      format version, config, learning rate, random states, a hash of
-                                  the examples, the loss on the hold-out before training
-    metrics.jsonl                 the steps so far
+    run.json                      format version, config, learning rate, random states, hashes of
+                                  the examples and of the base, the loss on the hold-out before
+                                  training, how much of OUT/metrics.jsonl belongs to it
     manifest.json                 the SHA-256 of every other file
 
 It is written under a temporary name, synced to the disk and then renamed, so that a kill at any
-moment leaves a folder that is complete, or one that is ignored. The hashes detect later damage: a
-copy that was cut short, a failing disk. The order of the batches and the learning rate are
-functions of the step and need no state. Nothing is pickled.
+moment leaves a folder that is complete, or one that is ignored. It is removed the other way round:
+renamed first. The hashes detect later damage: a copy that was cut short, a failing disk. The order
+of the batches and the learning rate are functions of the step and need no state. Nothing is
+pickled.
 """
 
 import hashlib
 import json
 import re
+import secrets
 import shutil
 import warnings
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from minilora.files.adapters import load_adapter, save_adapter
-from minilora.files.atomic import atomic_folder
+from minilora.files.adapter_folder import WEIGHTS
+from minilora.files.adapters import save_adapter
+from minilora.files.atomic import atomic_folder, sync
+from minilora.files.disk_errors import naming
 from minilora.files.hashing import sha256_of_file
-from minilora.files.tensors import read_tensors, write_tensors
+from minilora.files.json_file import read_json
+from minilora.files.peft_config import CONFIG as ADAPTER_CONFIG
+from minilora.files.tensors import write_tensors
+from minilora.files.text import shown
 from minilora.surgery import adapter_parameters
-from minilora.training.callbacks import to_jsonl
 from minilora.training.data import Example
-from minilora.training.loop import Step
-from minilora.training.random_state import random_states, set_random_states
-
-# Increase it whenever the contents of a checkpoint change. Checkpoints of format 1 have no number.
-FORMAT = 2
+from minilora.training.run_state import METRICS, RUN, RunState, checkpoint_name
 
 FOLDER = "checkpoints"
 OPTIMIZER = "optimizer.safetensors"
-RUN = "run.json"
-METRICS = "metrics.jsonl"
 MANIFEST = "manifest.json"
 
-# Settings that may change when a run is resumed. The path of the data may, but not its examples.
-MAY_CHANGE = {"data", "out", "device", "checkpointing", "save_every", "keep", "resume"}
+_FILES = frozenset({ADAPTER_CONFIG, WEIGHTS, OPTIMIZER, RUN})
 
-
-@dataclass
-class RunState:
-    """What a checkpoint holds besides tensors and random states.
-
-    Attributes:
-        config: the settings, as JSON holds them.
-        examples: the `fingerprint` of the data.
-        eval_before: loss (nats per completion token) on the hold-out before training.
-        history: the metrics of every step so far.
-    """
-
-    config: dict[str, Any]
-    examples: str = ""
-    eval_before: float | None = None
-    history: list[Step] = field(default_factory=list)
+# What a process that was killed leaves of a checkpoint that it was writing or removing.
+_UNFINISHED = ".step-*.partial"
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
@@ -87,11 +72,15 @@ def save_checkpoint(
 ) -> Path:
     """Saves a checkpoint after the last step of `run.history`; removes all but the last `keep`.
 
+    The lines of these steps must already be in OUT/metrics.jsonl.
+
     Raises:
         OSError: the disk is full or not writable. Earlier checkpoints stay as they were.
     """
-    path = out / FOLDER / f"step-{len(run.history):08}"
+    path = out / FOLDER / checkpoint_name(len(run.history))
     try:
+        # The checkpoint refers to it.
+        sync(out / METRICS)
         with atomic_folder(path) as folder:
             _write(folder, run, model, optimizer)
     except OSError as error:
@@ -100,13 +89,11 @@ def save_checkpoint(
             f"{error}"
         ) from error
 
-    saved = [p for p in list_checkpoints(out) if p.name <= path.name]
-    for old in saved[:-keep]:
-        shutil.rmtree(old)
-
-    # Temporary folders of a process that was killed.
-    for unfinished in path.parent.glob(".step-*.partial"):
-        shutil.rmtree(unfinished)
+    saved = list_checkpoints(out)
+    for old in saved[: saved.index(path) + 1][:-keep]:
+        with naming(old, "removed"):
+            discard(old)
+    sweep(out)
     return path
 
 
@@ -120,49 +107,53 @@ def _write(folder: Path, run: RunState, model: nn.Module, optimizer: torch.optim
     }
     write_tensors(folder / OPTIMIZER, tensors, {})
 
-    facts = {
-        "format": FORMAT,
-        "config": run.config,
-        "examples": run.examples,
-        "eval_before": run.eval_before,
-        "lr": [group["lr"] for group in optimizer.param_groups],
-        "random": random_states(adapter_parameters(model)[0].device),
-    }
+    facts = run.facts(optimizer, adapter_parameters(model)[0].device)
     (folder / RUN).write_text(json.dumps(facts) + "\n")
-    (folder / METRICS).write_text(to_jsonl(run.history))
 
     # Last, so that it lists every other file.
     hashes = {file.name: sha256_of_file(file) for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
 
 
+def discard(path: Path) -> None:
+    """Removes a checkpoint: at any moment it is there as a whole, or ignored."""
+    if path.is_symlink() or not path.is_dir():
+        # What a link leads to is not the run's.
+        path.unlink()
+        return
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    path.rename(unfinished)
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def sweep(out: Path) -> None:
+    """Removes what a process that was killed has left of checkpoints."""
+    for unfinished in (out / FOLDER).glob(_UNFINISHED):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def remove_checkpoints(out: Path) -> None:
-    """Removes the checkpoints of a finished run."""
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    """Removes all checkpoints of a run, the newest last, and their folder if nothing else is in it.
+
+    Warns if they cannot be removed.
+    """
+    try:
+        for path in list_checkpoints(out):
+            discard(path)
+    except OSError as error:
+        warnings.warn(f"the checkpoints could not be removed: {error}", stacklevel=2)
+        return
+    sweep(out)
+    with suppress(OSError):
+        (out / FOLDER).rmdir()
 
 
 def list_checkpoints(out: Path) -> list[Path]:
     """Returns the checkpoints in an output folder, intact or not, the newest last."""
     folder = out / FOLDER
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
-
-
-def find_checkpoint(out: Path, resume: bool) -> Path | None:
-    """Returns the checkpoint to resume from; None for a new run.
-
-    Raises:
-        ValueError: a new run would start where an unfinished one has left checkpoints.
-        FileNotFoundError: a run is to be resumed, but there is no intact checkpoint.
-    """
-    if resume:
-        return newest_checkpoint(out)
-    if list_checkpoints(out):
-        raise ValueError(
-            f"{out} contains the checkpoints of an unfinished run: resume it (--resume, "
-            f"resume=True), or remove {out / FOLDER} to start over"
-        )
-    return None
+    steps = [path for path in found if re.fullmatch(r"step-[0-9]{8,18}", path.name)]
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def newest_checkpoint(out: Path) -> Path:
@@ -189,96 +180,29 @@ def newest_checkpoint(out: Path) -> Path:
 
 def find_damage(path: Path) -> str | None:
     """Returns what is wrong with a checkpoint; None if it is intact."""
+    if path.is_symlink():
+        return "it is a symbolic link"
+    if not (path / MANIFEST).exists():
+        return f"{MANIFEST} is missing"
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        changed = [name for name, hash_ in manifest.items() if sha256_of_file(path / name) != hash_]
-        unlisted = {file.name for file in path.iterdir()} - {*manifest, MANIFEST}
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, AttributeError) as error:
+        return _find_damage(path, read_json(path / MANIFEST))
+    except (OSError, ValueError) as error:
         return f"it cannot be read ({error})"
-    if changed:
-        return f"{', '.join(changed)} is damaged or cut short"
-    if unlisted:
-        return f"{MANIFEST} does not list {', '.join(sorted(unlisted))}"
+
+
+def _find_damage(path: Path, manifest: Mapping[str, Any]) -> str | None:
+    # Only what is in this folder is opened, whatever the manifest names.
+    present = {file.name: file for file in path.iterdir() if file.name != MANIFEST}
+    if missing := manifest.keys() - present.keys():
+        return f"{_listed(missing)} is missing"
+    if special := {n for n, file in present.items() if file.is_symlink() or not file.is_file()}:
+        return f"{_listed(special)} is not a regular file"
+    if changed := {n for n, hash_ in manifest.items() if sha256_of_file(present[n]) != hash_}:
+        return f"{_listed(changed)} is damaged or cut short"
+    if unlisted := (_FILES | present.keys()) - manifest.keys():
+        return f"{MANIFEST} does not list {_listed(unlisted)}"
     return None
 
 
-def read_checkpoint(path: Path) -> RunState:
-    """Returns what an intact checkpoint holds besides tensors and random states.
-
-    Raises:
-        ValueError: another version of minilora wrote it, in another format.
-    """
-    facts = json.loads((path / RUN).read_text())
-    _check_format(path, facts.get("format", 1))
-
-    lines = (path / METRICS).read_text().splitlines()
-    try:
-        history = [Step(**json.loads(line)) for line in lines]
-    except TypeError:
-        raise ValueError(
-            f"{path} was written by a version of minilora with other metrics per step: finish the "
-            f"run with that version, or remove {path.parent} to start over"
-        ) from None
-    return RunState(facts["config"], facts["examples"], facts["eval_before"], history)
-
-
-def _check_format(path: Path, found: int) -> None:
-    if found == FORMAT:
-        return
-    formats = f"(checkpoint format {found}; this version reads format {FORMAT})"
-    if found < FORMAT:
-        raise ValueError(
-            f"{path} was written by an older version of minilora {formats}: finish the run with "
-            f"that version, or remove {path.parent} to start over"
-        )
-    raise ValueError(
-        f"{path} was written by a newer version of minilora {formats}: update minilora to resume "
-        f"the run, or remove {path.parent} to start over"
-    )
-
-
-def check_config(path: Path, run: RunState, config: Mapping[str, Any]) -> None:
-    """Raises ValueError, which names the settings, if `config` cannot continue the run.
-
-    Args:
-        path: the checkpoint.
-        run: what it holds.
-        config: the settings to resume with.
-    """
-    # As JSON holds them: a tuple is a list.
-    now = json.loads(json.dumps(dict(config)))
-
-    differing = [
-        f"{name}={run.config.get(name)!r}, not {now.get(name)!r}"
-        for name in sorted(run.config.keys() | now.keys())
-        if name not in MAY_CHANGE and run.config.get(name) != now.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{path} belongs to a run with {'; '.join(differing)}: resume with the same settings, "
-            "or start a new run in another folder"
-        )
-
-
-def restore_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores the adapters, the optimizer's states and all random states.
-
-    Model and optimizer may be on another device than they were.
-    """
-    load_adapter(model, path, allow_zero=True)
-
-    # Copied: the tensors are mapped from a file that will be removed.
-    tensors, _ = read_tensors(path / OPTIMIZER)
-    states: dict[int, dict[str, Tensor]] = {}
-    for key in sorted(tensors, key=lambda key: int(key.partition(".")[0])):
-        index, _, name = key.partition(".")
-        states.setdefault(int(index), {})[name] = tensors[key].clone()
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
-
-    # Whatever else is in a parameter group comes from the config.
-    facts = json.loads((path / RUN).read_text())
-    for group, lr in zip(optimizer.param_groups, facts["lr"], strict=True):
-        group["lr"] = lr
-    set_random_states(facts["random"], adapter_parameters(model)[0].device)
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(shown(name) for name in sorted(names))

@@ -4,9 +4,10 @@ The texts under `Attributes` below are the only description of each setting. The
 `minilora finetune --help` and the table in the documentation are read from them.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from minilora.training.config_checks import check_settings
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,9 @@ class FinetuneConfig:
 
     Attributes:
         model: Folder or hub id of a causal language model; 'smollm2' is the bundled demo model.
-        data: Training data: JSONL with prompt/completion, messages or text in each line; or a
-            text file.
+        data: Training data, records with prompt and completion, messages or text: a file that ends
+            in .jsonl, .ndjson, .json, .csv, .tsv (each also with .gz) or .parquet; or a text file,
+            .txt or .md.
         out: Output folder for the adapter, the metrics and the checkpoints.
         r: Rank of the adapters.
         alpha: The update is scaled by alpha / r (default: 2*r).
@@ -32,20 +34,24 @@ class FinetuneConfig:
         max_length: Maximum number of tokens per sequence.
         weight_decay: AdamW's weight decay.
         clip: Maximum norm of the gradients; larger ones are scaled down to it.
-        quantize: Quantize the base model to 4-bit NormalFloat (QLoRA); otherwise plain LoRA.
+        quantize: Quantize the base model to 4-bit NormalFloat (QLoRA); otherwise plain LoRA
+            (default: quantize, but a merged model has to be asked for).
         learn_prompt: Train on the prompt too, not only on the completion.
         eval_fraction: Fraction of the examples held out for evaluation; 0 holds out none.
         seed: Seed for the hold-out split, data order and adapter initialization.
-        device: Device to train on: cpu or cuda (default: GPU if available).
+        device: Device to train on: cpu, cuda or mps (default: cuda if available,
+            else cpu).
         checkpointing: Gradient checkpointing: less memory, more time, the same results (default:
             on for a quantized model that supports it).
         save_every: Number of steps between two checkpoints of the run; 0 saves one only if the run
             is interrupted.
         keep: Number of most recent checkpoints to keep.
         resume: Resume from the newest intact checkpoint in the output folder.
+        overwrite: Replace the run in the output folder, finished or not. Other files there stay.
+        trust_remote_code: Allow code in the model's folder to be executed.
 
     Raises:
-        ValueError: a number is out of range; the message names it.
+        ValueError: a setting has another type or is out of range; the message names it.
 
     Example:
         >>> config = FinetuneConfig("smollm2", "my.jsonl", "my-adapter", batch_size=4)
@@ -68,7 +74,7 @@ class FinetuneConfig:
     max_length: int = 512
     weight_decay: float = 0.0
     clip: float = 1.0
-    quantize: bool = True
+    quantize: bool | None = None
     learn_prompt: bool = False
     eval_fraction: float = 0.05
     seed: int = 0
@@ -77,20 +83,11 @@ class FinetuneConfig:
     save_every: int = 100
     keep: int = 2
     resume: bool = False
+    overwrite: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "grad_accum", "max_length", "steps", "keep"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
-        if self.save_every < 0:
-            raise ValueError(f"save_every={self.save_every}: must be at least 0")
-        if not 0 <= self.eval_fraction < 1:
-            raise ValueError(f"eval_fraction={self.eval_fraction}: must be at least 0 and below 1")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr={self.lr}: must be positive and finite")
-        if self.steps is None and not self.epochs > 0:
-            raise ValueError(f"epochs={self.epochs}: must be positive")
+        check_settings(self)
 
     def steps_for(self, examples: int) -> int:
         """Returns the number of optimizer steps for this many training examples."""

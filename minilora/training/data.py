@@ -1,21 +1,21 @@
-"""From a user's file to token sequences: records, the chat template, which tokens are learned.
+"""From records to token sequences: the chat template, and which tokens are learned.
 
 Tokens are masked by position, never by their id. In many tokenizers (SmolLM2's too) the padding
 token is the end-of-turn token, and masking by id would never teach the model to stop.
 """
 
-import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minilora.files.text import shown
+from minilora.huggingface.generation import apply_template
+from minilora.training.records import Messages, Record, check_record, read_records
+
 # The label that cross_entropy ignores.
 IGNORE = -100
-
-Record = dict[str, Any]
-Messages = list[dict[str, Any]]
 
 # Characters [start, end) of a rendered conversation.
 Span = tuple[int, int]
@@ -43,72 +43,6 @@ class Example:
         return sum(label != IGNORE for label in self.labels[1:])
 
 
-def read_records(path: str | Path) -> Iterator[tuple[str, Record]]:
-    """Yields ("file:line", record) of a JSONL file; any other file is one record {"text": ...}.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: a line is not a JSON object or has none of the known forms (the message names
-            file and line), or the file is empty.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-
-    text = _read_text(path)
-    if path.suffix not in (".jsonl", ".json"):
-        if not text.strip():
-            raise ValueError(f"{path} is empty")
-        yield str(path), {"text": text}
-        return
-
-    # Not splitlines, which also splits at separators that JSON allows within a string.
-    lines = text.split("\n")
-    if not any(line.strip() for line in lines):
-        raise ValueError(f"{path} is empty: one JSON object per line is expected")
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield f"{path}:{number}", _parse_record(line, f"{path}:{number}")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from error
-
-
-def _parse_record(line: str, where: str) -> Record:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is a JSON {type(record).__name__}, not an object")
-    if not _has_known_form(record):
-        raise ValueError(
-            f"{where} has the keys {sorted(record)}; expected one of "
-            '{"prompt": ..., "completion": ...}, '
-            '{"messages": [{"role": ..., "content": ...}, ...]}, {"text": ...}'
-        )
-    return record
-
-
-def _has_known_form(record: Record) -> bool:
-    if isinstance(record.get("text"), str) and record["text"]:
-        return True
-    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-        return True
-    messages = record.get("messages")
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
-    )
-
-
 def encode(
     record: Record,
     tokenizer: Any,
@@ -121,21 +55,24 @@ def encode(
 
     {"prompt", "completion"} is a conversation of two turns. A conversation is rendered by the
     tokenizer's chat template; the loss covers what the assistant says, including its end-of-turn
-    token. A completion that is too long is truncated. A text is used as it is, and the loss covers
-    all of it.
+    token. A completion that is too long is truncated. A text is used as it is, special tokens in it
+    included, and the loss covers all of it but its first token.
 
     Args:
-        record: see `read_records`.
+        record: see `check_record`.
         tokenizer: a fast tokenizer from transformers.
         max_length: maximum number of tokens per sequence.
         learn_prompt: train on the whole conversation, not only on what the assistant says.
         where: what error messages call the record.
 
     Raises:
-        ValueError: the tokenizer has no chat template, the prompt alone fills max_length, or there
-            is nothing to learn.
+        ValueError: the record has not exactly one of the known forms; the tokenizer has no chat
+            template, or the template fails, or it does not show the turns as they are; a turn
+            contains a token with which the template marks turns; the prompt alone fills
+            max_length; or there is nothing to learn.
     """
-    if "text" in record and "messages" not in record and "prompt" not in record:
+    record = check_record(record, where)
+    if "text" in record:
         return _encode_text(record["text"], tokenizer, max_length, where)
 
     text, spans = _render(_messages(record), tokenizer, where)
@@ -150,9 +87,19 @@ def encode(
 
 
 def _encode_text(text: str, tokenizer: Any, max_length: int, where: str) -> list[Example]:
+    """Windows that overlap by one token: the first token of a window is not predicted."""
     ids = tokenizer(text)["input_ids"]
-    windows = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-    return [Example(w, list(w), where=where) for w in windows if len(w) > 1]
+    if min(len(ids), max_length) < 2:
+        raise ValueError(
+            f"{where}: a text of {len(ids)} tokens within max_length={max_length} has nothing to "
+            "learn: each token is predicted from those before it, so at least two are needed"
+        )
+    examples = []
+    for start in range(0, len(ids) - 1, max_length - 1):
+        window = ids[start : start + max_length]
+        labels = [IGNORE, *window[1:]] if start else list(window)
+        examples.append(Example(window, labels, where=where))
+    return examples
 
 
 def _messages(record: Record) -> Messages:
@@ -186,49 +133,95 @@ def _render(messages: Messages, tokenizer: Any, where: str) -> tuple[str, list[S
             f"{where} is a conversation, but this tokenizer has no chat template: choose an "
             'instruction-tuned model, or render the conversation yourself into {"text": ...}'
         )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{where}: this tokenizer ({type(tokenizer).__name__}) is not a fast one, and cannot "
+            "say which tokens the answer has: choose a model with a tokenizer.json"
+        )
+    _check_no_marks(messages, tokenizer, where)
 
     def render(count: int, prompt_for_answer: bool = False) -> str:
-        rendered: str = tokenizer.apply_chat_template(
-            messages[:count], tokenize=False, add_generation_prompt=prompt_for_answer
-        )
+        try:
+            rendered: str = apply_template(
+                tokenizer, messages[:count], tokenize=False, add_generation_prompt=prompt_for_answer
+            )
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         return rendered
 
     text = render(len(messages))
     spans = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+        start, end = 0, len(text)
+        if message["role"] == "assistant":
+            # White space after the end-of-turn token is not for the model to say.
+            before = render(i, prompt_for_answer=True)
+            after = render(i + 1).rstrip()
+            if not text.startswith(before) or not text.startswith(after):
+                raise ValueError(
+                    f"{where}: this chat template rewrites earlier turns, so the answer in turn "
+                    f"{i + 1} cannot be located in the conversation: write one line per answer"
+                )
+            start, end = len(before), len(after)
+            spans.append((start, end))
 
-        # White space after the end-of-turn token is not for the model to say.
-        before = render(i, prompt_for_answer=True)
-        after = render(i + 1).rstrip()
-        if not text.startswith(before) or not text.startswith(after):
+        # Many templates strip a turn. Some leave out a role, or part of an answer.
+        if text.find(message["content"].strip(), start, end) < 0:
             raise ValueError(
-                f"{where}: this chat template rewrites earlier turns, so the answer in turn "
-                f"{i + 1} cannot be located in the conversation: write one line per answer"
+                f"{where}: this chat template does not show turn {i + 1} ({message['role']}) as it "
+                "is: leave out what it drops, or render the conversation yourself into "
+                '{"text": ...}'
             )
-        spans.append((len(before), len(after)))
     return text, spans
+
+
+def _check_no_marks(messages: Messages, tokenizer: Any, where: str) -> None:
+    """Raises ValueError if a turn contains a token that begins or ends turns in the template.
+
+    It would be tokenized as one, and the conversation read as another.
+    """
+    template = str(tokenizer.chat_template)
+    ends = (tokenizer.bos_token, tokenizer.eos_token)
+    special = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+    marks = [mark for mark in special if mark in ends or mark in template]
+    for i, message in enumerate(messages, start=1):
+        found = next((mark for mark in marks if mark in message["content"]), None)
+        if found is not None:
+            raise ValueError(
+                f"{where}: turn {i} contains {shown(found)}, with which the chat template marks "
+                "the turns: leave it out (the template adds it), or render the conversation "
+                'yourself into {"text": ...}'
+            )
+
+
+def encode_records(
+    records: Sequence[tuple[str, Record]],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    learn_prompt: bool = False,
+) -> list[Example]:
+    """Encodes all records of a file, as `read_records` returns them: see `encode`.
+
+    Warns if completions were truncated.
+    """
+    examples: list[Example] = []
+    for where, record in records:
+        examples += encode(record, tokenizer, max_length, learn_prompt=learn_prompt, where=where)
+
+    cut = sum(example.cut for example in examples)
+    if cut:
+        first = next(example.where for example in examples if example.cut)
+        warnings.warn(
+            f"{cut} of {len(examples)} completions were truncated at max_length={max_length}; the "
+            f"first is {first}",
+            stacklevel=2,
+        )
+    return examples
 
 
 def load_examples(
     path: str | Path, tokenizer: Any, max_length: int, *, learn_prompt: bool = False
 ) -> list[Example]:
-    """Reads and encodes a whole file: see `read_records` and `encode`.
-
-    Warns if completions were truncated.
-    """
-    examples: list[Example] = []
-    for where, record in read_records(path):
-        examples += encode(record, tokenizer, max_length, learn_prompt=learn_prompt, where=where)
-    if not examples:
-        raise ValueError(f"{path} holds nothing to learn")
-
-    cut = sum(example.cut for example in examples)
-    if cut:
-        warnings.warn(
-            f"{path}: {cut} of {len(examples)} completions were truncated at "
-            f"max_length={max_length}",
-            stacklevel=2,
-        )
-    return examples
+    """Reads and encodes a whole file: `read_records`, then `encode_records`."""
+    return encode_records(read_records(path), tokenizer, max_length, learn_prompt=learn_prompt)

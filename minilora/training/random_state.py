@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Both are Mersenne Twisters: so many words, and the place of the next one.
+_WORDS = 624
+
 
 def random_states(device: torch.device) -> dict[str, Any]:
     """Returns the states of PyTorch's (CPU and `device`), Python's and NumPy's generators."""
@@ -23,6 +26,65 @@ def random_states(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         states["cuda"] = _to_hex(torch.cuda.get_rng_state(device))
     return states
+
+
+def check_random_states(states: Any) -> None:
+    """Raises ValueError, which names the generator, unless the states can be restored.
+
+    They are tried on generators that nobody uses.
+    """
+    if not isinstance(states, Mapping) or not {"torch", "python", "numpy"} <= states.keys():
+        raise ValueError("the states of torch, python and numpy are not all there")
+    for name, check in (
+        ("torch", _try_torch),
+        ("python", _try_python),
+        ("numpy", _try_numpy),
+        ("cuda", _check_cuda),
+    ):
+        try:
+            if name in states:
+                check(states[name])
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, IndexError) as error:
+            first = (str(error).splitlines() or [""])[0]
+            raise ValueError(f"the state of {name} is not one ({first[:200]!r})") from None
+
+
+def _try_torch(state: Any) -> None:
+    torch.Generator().set_state(_from_hex(state))
+
+
+def _try_python(state: Any) -> None:
+    version, numbers, gauss = state
+    _check_words(numbers[:-1], numbers[-1])
+    _check_gauss(gauss)
+    random.Random().setstate((version, tuple(numbers), gauss))
+
+
+def _try_numpy(state: Any) -> None:
+    # NumPy would read behind the words if the place were behind them.
+    _check_words(state["state"]["key"], state["state"]["pos"])
+    _check_gauss(state["gauss"])
+    if state["has_gauss"] not in (0, 1):
+        raise ValueError("has_gauss is neither 0 nor 1")
+    np.random.RandomState().set_state(state)
+
+
+def _check_words(words: Any, place: Any) -> None:
+    if type(place) is not int or not 0 <= place <= _WORDS:
+        raise ValueError(f"the place of the next word is not between 0 and {_WORDS}")
+    if len(words) != _WORDS or not all(type(w) is int and 0 <= w < 1 << 32 for w in words):
+        raise ValueError(f"it does not have {_WORDS} words of 32 bits")
+
+
+def _check_gauss(gauss: Any) -> None:
+    if gauss is not None and type(gauss) not in (int, float):
+        raise ValueError("its Gaussian is not a number")
+
+
+def _check_cuda(state: Any) -> None:
+    # Seed and offset.
+    if len(_from_hex(state)) != 16:
+        raise ValueError("it does not have 16 bytes")
 
 
 def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:

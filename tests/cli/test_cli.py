@@ -87,14 +87,24 @@ def flags(command: str) -> list[str]:
             "--model --data --out --r --alpha --targets --dropout --lr --steps --epochs "
             "--batch-size --grad-accum --max-length --weight-decay --clip --quantize --no-quantize "
             "--learn-prompt --no-learn-prompt --eval-fraction --seed --device --checkpointing "
-            "--no-checkpointing --save-every --keep --resume --no-resume",
+            "--no-checkpointing --save-every --keep --resume --no-resume --overwrite "
+            "--no-overwrite --trust-remote-code --no-trust-remote-code",
         ),
         (
             "generate",
-            "--model --prompt --adapter --max-new-tokens --quantize --no-quantize --device",
+            "--model --prompt --adapter --max-new-tokens --quantize --no-quantize --device "
+            "--trust-remote-code --no-trust-remote-code",
         ),
-        ("merge", "--model --adapter --out --quantize --no-quantize"),
-        ("plan", "--model --r --targets --quantize --no-quantize"),
+        (
+            "merge",
+            "--model --adapter --out --quantize --no-quantize --trust-remote-code "
+            "--no-trust-remote-code",
+        ),
+        (
+            "plan",
+            "--model --r --targets --quantize --no-quantize --trust-remote-code "
+            "--no-trust-remote-code",
+        ),
     ],
 )
 def test_the_flags_are_frozen(command: str, expected: str) -> None:

@@ -103,7 +103,7 @@ UNFIT: dict[str, tuple[Spoil, type[Exception], str]] = {
     ),
     "NaN": (nan, ValueError, r"^down\.weight holds NaN"),
     "infinity": (infinite, ValueError, r"^down\.weight holds NaN or infinity"),
-    "meta": (meta, ValueError, r"^down is on the meta device"),
+    "meta": (meta, ValueError, r"^down\.weight is on the meta device"),
     "attention": (
         attention,
         TypeError,

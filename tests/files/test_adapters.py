@@ -330,7 +330,7 @@ def test_a_missing_file_is_named(missing: str, tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "is not valid JSON"),
-        ("[]", "peft_type"),
+        ("[]", "is a JSON list, not an object"),
         ("{}", "peft_type is None"),
         ('{"peft_type": "LORA", "use_dora": true}', "use_dora=True"),
     ],

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from minilora.files.peft_config import alpha_of, make_config, read_config
+from minilora.files.peft_config import make_config, read_config
+from minilora.files.peft_values import ConfigReader
 
 # What a plain adapter says of itself.
 OWN = {"r": 1, "lora_alpha": 2.0, "lora_dropout": 0.0}
@@ -62,7 +63,7 @@ def test_the_first_pattern_that_matches_the_end_of_a_name_gives_its_alpha(
     layer: str, alpha: float
 ) -> None:
     config = {"alpha_pattern": {"^up": 1, "a.up": 2, "up": 3}, "lora_alpha": 4}
-    assert alpha_of(config, layer) == alpha
+    assert ConfigReader(config).alpha(layer) == alpha
 
 
 def adapter(r: int, alpha: float) -> dict[str, Any]:
@@ -75,7 +76,9 @@ def test_ranks_and_alphas_that_differ_from_the_first_become_patterns() -> None:
     assert (config["r"], config["lora_alpha"]) == (2, 4.0)
     assert config["rank_pattern"] == {"^up": 3}
     assert config["alpha_pattern"] == {"^down": 1.0}
-    assert alpha_of(config, "down") == 1.0 and alpha_of(config, "a.up") == 4.0
+    said = ConfigReader(config)
+    assert said.alpha("down") == 1.0 and said.alpha("a.up") == 4.0
+    assert [said.rank(name) for name in adapters] == [2, 3, 2]
 
 
 def test_targets_are_short_names_only_where_these_mean_the_same_layers() -> None:

@@ -38,3 +38,25 @@ def test_gradients_are_bit_identical(tiny_llama: Callable[..., Any]) -> None:
         loss.backward()
         found.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(map(torch.equal, *found))
+
+
+def test_an_error_while_it_is_switched_on_switches_it_off_again(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama().train()
+
+    def fails() -> None:
+        raise RuntimeError("no hook")
+
+    monkeypatch.setattr(model, "disable_input_require_grads", fails)
+    with pytest.raises(RuntimeError), gradient_checkpointing(model):
+        raise AssertionError("not reached")
+    assert not is_on(model) and model.config.use_cache
+
+
+def test_what_was_on_before_stays_on(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama().train()
+    model.activation_checkpointing_enable()
+    with gradient_checkpointing(model):
+        pass
+    assert is_on(model)

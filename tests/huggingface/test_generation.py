@@ -58,3 +58,59 @@ def test_the_end_of_text_pads_where_there_is_no_padding_token(
     pad: int | None, eos: int | None, expected: int
 ) -> None:
     assert pad_id(SimpleNamespace(pad_token_id=pad, eos_token_id=eos)) == expected
+
+
+def test_a_generation_config_does_not_change_what_greedy_is(folder: Path) -> None:
+    model, tokenizer = load_dense(folder, dtype=torch.float32)
+    expected = generate(model, tokenizer, "say yes", limit=12)
+    theirs: Any = model.generation_config
+    theirs.update(num_beams=4, repetition_penalty=5.0, max_length=3, suppress_tokens=[68])
+    assert generate(model, tokenizer, "say yes", limit=12) == expected
+    assert model.generation_config is theirs
+
+
+def test_an_error_leaves_the_model_in_the_mode_it_was_in(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load_dense(folder, dtype=torch.float32)
+    model.train()
+    theirs = model.generation_config
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("in a layer")
+
+    monkeypatch.setattr(model, "forward", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(model, tokenizer, "say yes", limit=2)
+    assert model.training and model.generation_config is theirs
+
+
+@pytest.mark.parametrize(
+    ("prompt", "limit", "said"),
+    [
+        ("say yes", 0, "max_new_tokens=0"),
+        ("", 4, "the prompt is empty"),
+        ("x" * 2000, 100, "exceeds the model's context of 2048"),
+        ("x", 10**9, "exceeds the model's context"),
+    ],
+)
+def test_a_prompt_that_cannot_be_answered_is_refused(
+    prompt: str, limit: int, said: str, folder: Path
+) -> None:
+    model, tokenizer = load_dense(folder, dtype=torch.float32)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=said):
+        generate(model, tokenizer, prompt, limit=limit)
+
+
+@pytest.mark.parametrize("template", ["{{", "{{ 1 / 0 }}", "{{ ''.__class__.__mro__ }}"])
+def test_a_chat_template_that_fails_is_named(template: str, folder: Path) -> None:
+    model, tokenizer = load_dense(folder, dtype=torch.float32)
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="chat template fails"):
+        generate(model, tokenizer, "say yes", limit=1)
+
+
+def test_a_tokenizer_without_any_end_is_refused() -> None:
+    with pytest.raises(ValueError, match="neither a padding nor an end-of-text token"):
+        pad_id(SimpleNamespace(pad_token_id=None, eos_token_id=None))

@@ -78,3 +78,22 @@ def test_parameters_are_copied_bit_for_bit_and_ties_and_integers_stay(
         was, address, bits = before[name]
         assert p is was and same_bits(p, bits)
         assert (p.data_ptr() == address) == (not p.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    "name", ["foo", "xpu", "mps", "meta", "cpu:1", "", "CPU", "cuda:99", "9" * 9]
+)
+def test_an_unknown_device_is_refused_with_what_there_is(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"this machine has cpu, cuda:0, cuda:1$"):
+        pick_device(name)
+
+
+def test_mps_is_offered_where_pytorch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("mps") == torch.device("mps")
+    with pytest.raises(ValueError, match="this machine has cpu, mps"):
+        pick_device("xpu")

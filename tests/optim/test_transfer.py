@@ -35,7 +35,7 @@ def test_without_pinned_memory_it_is_pageable_and_a_warning_says_so_once(
     monkeypatch.setattr(torch, "empty_like", no_pins)
     says = r"no pinned memory .*CUDA error: out of memory.*using pageable memory from now on"
     with pytest.warns(UserWarning, match=says) as caught:
-        states = [transfer.empty_on_host(torch.ones(4, 3).T) for _ in range(2)]
+        states = [transfer.empty_on_host(torch.ones(4, 3).T, torch.float32) for _ in range(2)]
     assert len(caught) == 1
 
     for state in states:

@@ -65,7 +65,7 @@ RUNS = [pytest.param(p, id=str(p.relative_to(DOCS))) for p in PAGES]
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
-    """A tiny model under MODEL's name, twenty examples, two adapters, two interrupted runs."""
+    """A tiny model under MODEL's name, twenty examples, four adapters, two interrupted runs."""
     pytest.importorskip("typer", reason="the commands on the pages are run with typer")
     from minilora.huggingface.loading import load_dense
 
@@ -74,8 +74,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     (place / "my.jsonl").write_text(
         "".join(f'{{"prompt": "What is {i} + {i}?", "completion": "{2 * i}"}}\n' for i in range(20))
     )
-    for name, seed in (("my-adapter", 1), ("another-adapter", 2)):
+    adapters = ("my-adapter", "another-adapter", "qlora-adapter", "another-qlora")
+    for seed, name in enumerate(adapters, start=1):
         model, _ = load_dense(folder)
+        if "qlora" in name:
+            minilora.quantize(model)
         minilora.inject(model, r=8)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

@@ -311,9 +311,10 @@ SURFACE = {
         "targets: str | Sequence[str] = 'all-linear', dropout: float = 0.0, lr: float = 0.0002, "
         "steps: int | None = None, epochs: float = 1.0, batch_size: int = 8, grad_accum: int = 1, "
         "max_length: int = 512, weight_decay: float = 0.0, clip: float = 1.0, "
-        "quantize: bool = True, learn_prompt: bool = False, eval_fraction: float = 0.05, "
+        "quantize: bool | None = None, learn_prompt: bool = False, eval_fraction: float = 0.05, "
         "seed: int = 0, device: str | None = None, checkpointing: bool | None = None, "
-        "save_every: int = 100, keep: int = 2, resume: bool = False) -> None"
+        "save_every: int = 100, keep: int = 2, resume: bool = False, overwrite: bool = False, "
+        "trust_remote_code: bool = False) -> None"
     ),
     "LoRA": (
         "(in_features: int, out_features: int, r: int = 8, *, alpha: float | None = None, "
@@ -332,7 +333,8 @@ SURFACE = {
     "PagedAdamW": (
         "(params: Any, lr: float = 0.001, betas: tuple[float, float] = (0.9, 0.999), "
         "eps: float = 1e-08, weight_decay: float = 0.01, *, "
-        "page: Literal['on_oom', 'always', 'never'] = 'on_oom') -> None"
+        "page: Literal['on_oom', 'always', 'never'] = 'on_oom', "
+        "state_dtype: dtype | None = None) -> None"
     ),
     "QLoRALinear": "(base: Module, r: int = 8, **options: Any) -> None",
     "adapter_parameters": "(model: Module, name: str | None = None) -> list[Parameter]",
@@ -349,7 +351,7 @@ SURFACE = {
     ),
     "load_adapter": (
         "(model: ~Model, path: str | Path, name: str | None = None, *, "
-        "allow_zero: bool = False, adapter: type[LoRA] = LoRA) -> ~Model"
+        "allow_zero: bool = False, adapter: type[LoRA] = LoRA, other_base: bool = False) -> ~Model"
     ),
     "lora_linear": (
         "(x: Tensor, base: Tensor | NF4Weight, A: Tensor, B: Tensor, scale: float, "
@@ -365,7 +367,7 @@ SURFACE = {
         "(model: Module | Any, r: int = 8, *, alpha: float | None = None, "
         "targets: Targets = 'all-linear', exclude: Sequence[str] = ('lm_head',), "
         "train_also: Sequence[str] = (), quantize: bool | Targets = True, block_size: int = 64, "
-        "double_quant: bool = True) -> Plan"
+        "double_quant: bool = True, trust_remote_code: bool = False) -> Plan"
     ),
     "quantize": (
         "(model: ~Model, targets: Targets = 'all-linear', *, "

@@ -17,7 +17,7 @@ from minilora.targets import adapted_layers, linear_layers
 
 
 def contents(folder: Path) -> tuple[bytes, dict[str, str], dict[str, Tensor]]:
-    """Config, metadata and tensors. (safetensors writes the metadata in a random order.)"""
+    """Config, metadata and tensors."""
     tensors, metadata = read_tensors(folder / WEIGHTS)
     return (folder / CONFIG).read_bytes(), metadata, tensors
 

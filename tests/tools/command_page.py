@@ -15,10 +15,14 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "command-lin
 INTRODUCTION = """\
 # The command line
 
-`minilora COMMAND --help` prints the same texts. `python -m minilora` is the same command. An
-expected error is one line, which says what to do. Source: [cli.py](../../minilora/cli.py). The
-options of `finetune` are the fields of
-[FinetuneConfig](../../minilora/training/config.py).
+`minilora COMMAND --help` prints the same texts. `python -m minilora` is the same command. An error
+is one line on standard error, which says what to do; `minilora --debug COMMAND ...` shows its
+traceback as well. Notes and warnings are one line each and begin with `minilora: note:` or
+`minilora: warning:`. Source: [cli.py](../../minilora/cli.py). The options of `finetune` are the
+fields of [FinetuneConfig](../../minilora/training/config.py).
+
+No command runs code that comes with a model, unless `--trust-remote-code` allows it, and none asks
+a question on standard input.
 """
 
 EXIT_CODES = """
@@ -28,7 +32,8 @@ EXIT_CODES = """
 |---|---|
 | 0 | success |
 | 1 | an error; its message is on standard error |
-| 2 | an unknown option or a missing one |
+| 2 | an unknown option, a missing one, or a value of the wrong type |
+| 70 | an internal error: a defect of minilora, to be reported with what `--debug` shows |
 | 130, 143 | `finetune` was interrupted by Ctrl-C or SIGTERM, and has saved a checkpoint |
 """
 

@@ -87,7 +87,7 @@ def main() -> int:
     counts = {}
     chunks = []
     for name in names:
-        module = fuzzing.family(name)
+        module = fuzzing.family(name, prepare=False)
         counts[name] = module.FULL if options.full else module.SAMPLE
         done = results(name, version)
         seeds = [seed for seed in range(counts[name]) if seed not in done]

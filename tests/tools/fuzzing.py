@@ -4,6 +4,7 @@ A family is a file in tests/fuzz whose name does not start with "test". It has
 
     CI, SAMPLE, FULL    how many cases `make test`, `make fuzz` and `make fuzz FULL=1` try
     SECONDS, MEGABYTES  what one case may take and allocate (default: 2 and 500)
+    prepare()           what the first case would have to wait for (default: nothing)
     run(seed, folder)   builds one case from its seed, in an empty folder; returns how it ended
 
 A case ends in SAME (what a plain run gives), in REFUSED (an error of a listed class that names the
@@ -87,12 +88,14 @@ def attempt(
         raise Wrong("raw", repr(error)) from error
 
 
-def family(name: str) -> Any:
-    """The module of a family."""
+def family(name: str, *, prepare: bool = True) -> Any:
+    """The module of a family, by default prepared to run cases."""
     spec = importlib.util.spec_from_file_location(f"fuzz_{name}", FAMILIES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if prepare and hasattr(module, "prepare"):
+        module.prepare()
     return module
 
 

@@ -37,7 +37,7 @@ PACKAGES = {"minilora", "minilora.kernels", *(f"minilora.{unit}" for unit in KER
 SUBPACKAGES: dict[str, set[str]] = {
     "files": {*CORE, REFERENCE},
     "optim": set(),
-    "reports": {*CORE, REFERENCE},
+    "reports": {*CORE, REFERENCE, "huggingface"},
     "huggingface": {*CORE, "files"},
     "training": {*CORE, "files", "optim", "reports", "huggingface"},
     "demo": {*CORE, "files", "optim", "reports", "huggingface", "training"},

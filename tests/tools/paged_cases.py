@@ -34,8 +34,8 @@ class LazyTransfer(Transfer):
         self.events = 0
         self.pages_on_device = 0
 
-    def _empty_on_host(self, like: Tensor) -> Tensor:
-        return torch.empty_like(like)
+    def _empty_on_host(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty_like(like, dtype=dtype)
 
     def free_bytes(self) -> int:
         # The smallest page.

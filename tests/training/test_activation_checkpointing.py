@@ -17,7 +17,7 @@ from minilora.training.loop import train
 from minilora.training.loss import token_losses
 
 EXAMPLES = random_examples([40, 39, 38, 37, 36, 35, 34, 33])
-CONFIG = FinetuneConfig("", "", "", steps=3, batch_size=2, grad_accum=2, lr=1e-2)
+CONFIG = FinetuneConfig("m", "d", "o", steps=3, batch_size=2, grad_accum=2, lr=1e-2)
 
 
 def adapted(model: Any, *, quantize: bool = True, dropout: float = 0.0) -> Any:

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.training.batches import batch_order, collate, split_hold_out
+from minilora.training.batches import (
+    batch_order,
+    check_step_size,
+    collate,
+    pick_examples,
+    split_hold_out,
+)
+from minilora.training.config import FinetuneConfig
 from minilora.training.data import IGNORE, Example
 
 
@@ -36,3 +43,32 @@ def test_every_epoch_shows_every_example_once_in_an_order_of_its_own(
     # By chance equal in 1 of 12! cases otherwise.
     if n > 12:
         assert stream[:n] != stream[n : 2 * n]
+
+
+def step_of(batch_size: int, grad_accum: int = 1) -> FinetuneConfig:
+    return FinetuneConfig("m", "d", "o", batch_size=batch_size, grad_accum=grad_accum)
+
+
+def test_the_default_step_serves_even_one_example() -> None:
+    config = FinetuneConfig("m", "d", "o")
+    check_step_size(1, config)
+    (example,) = examples = [Example([1, 2], [1, 2])]
+    assert [picked for _, picked in pick_examples(examples, config, 0)] == 8 * [example]
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch_size", "grad_accum"),
+    [(1, 9, 1), (20, 161, 1), (20, 2, 81), (3, 2**16, 16)],
+)
+def test_a_step_that_repeats_the_data_many_times_is_refused(
+    examples: int, batch_size: int, grad_accum: int
+) -> None:
+    config = step_of(batch_size, grad_accum)
+    message = (
+        f"batch_size={batch_size} times grad_accum={grad_accum} .* {examples} training examples"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_step_size(examples, config)
+    with pytest.raises(ValueError, match=message):
+        pick_examples(examples * [Example([1, 2], [1, 2])], config, 0)
+    check_step_size(examples * batch_size * grad_accum, config)

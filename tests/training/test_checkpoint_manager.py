@@ -4,6 +4,7 @@ What cannot be resumed is refused by name.
 """
 
 import errno
+import hashlib
 import json
 import math
 import shutil
@@ -19,15 +20,12 @@ from made_up import made_up_step
 from torch import Tensor
 
 import minilora
-from minilora.training import FinetuneConfig, checkpoints, finetune, loop
-from minilora.training.checkpoints import (
-    FORMAT,
-    MAY_CHANGE,
-    RunState,
-    list_checkpoints,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from minilora.files.tensors import read_tensors, write_tensors
+from minilora.training import FinetuneConfig, checkpoints, finetune, loop, restoring
+from minilora.training.callbacks import to_jsonl
+from minilora.training.checkpoint_manager import MAY_CHANGE
+from minilora.training.checkpoints import list_checkpoints, newest_checkpoint, save_checkpoint
+from minilora.training.run_state import FORMAT, RunState
 
 STEPS = 5
 
@@ -107,8 +105,8 @@ def test_the_comparison_sees_every_part(
         load(optimizer, state | {"state": {}})
 
     for owner, name, instead in (
-        (checkpoints, "load_adapter", lambda *_, **__: None),
-        (checkpoints, "set_random_states", lambda *_: None),
+        (restoring, "load_adapter", lambda *_, **__: None),
+        (restoring, "set_random_states", lambda *_: None),
         (minilora.PagedAdamW, "load_state_dict", load_without_state),
     ):
         with monkeypatch.context() as patch:
@@ -130,13 +128,11 @@ def test_a_checkpoint_is_an_adapter_and_json_and_nothing_pickled(
         "adapter_config.json",
         "adapter_model.safetensors",
         "manifest.json",
-        "metrics.jsonl",
         "optimizer.safetensors",
         "run.json",
     ]
-    minilora.load_adapter(AutoModelForCausalLM.from_pretrained(folder), path)
-    lines = (path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    minilora.load_adapter(base, path, other_base=True)
 
 
 def test_the_last_ones_are_kept_and_none_when_the_run_is_finished(resumable: Configure) -> None:
@@ -251,18 +247,23 @@ def save_one_of_another_model(config: FinetuneConfig) -> Path:
     """A checkpoint of step 1 with the config's settings. They are compared before the model is."""
     model = minilora.inject(torch.nn.Sequential(torch.nn.Linear(4, 3)), r=2)
     optimizer = torch.optim.AdamW(minilora.adapter_parameters(model))
-    run = RunState(vars(config), history=[made_up_step(1)])
+    run = RunState({**vars(config), "quantize": True}, history=[made_up_step(1)])
+    metrics = Path(config.out) / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(to_jsonl(run.history))
     return save_checkpoint(Path(config.out), run, model, optimizer, keep=2)
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_config_is_refused_by_name_and_nothing_is_touched(
-    name: str, resumable: Configure
+    name: str, resumable: Configure, folder: Path, tmp_path: Path
 ) -> None:
     out, value = Path(resumable().out), CHANGES[name]
+    if name == "model":
+        value = str(shutil.copytree(folder, tmp_path / value))
     save_one_of_another_model(resumable())
     before = contents(out)
-    message = rf"step-00000001 belongs to a run with {name}=.*, not {value!r}: "
+    message = rf"step-00000001 belongs to a run with {name}=.*, not "
     with pytest.raises(ValueError, match=message):
         finetune(resumable(resume=True, **{name: value}))
     assert contents(out) == before
@@ -309,10 +310,112 @@ def test_a_checkpoint_of_another_format_is_refused_with_the_way_out(
 
 def test_a_checkpoint_with_other_metrics_is_refused(resumable: Configure) -> None:
     path = save_one_of_another_model(resumable())
-    (path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "accuracy": 0.5}\n')
-    update_manifest(path)
+    line = b'{"step": 1, "loss": 2.0, "accuracy": 0.5}\n'
+    (path.parents[1] / "metrics.jsonl").write_bytes(line)
+    hash_ = hashlib.sha256(line).hexdigest()
+    with_facts(path, lambda f: f.update(metrics_bytes=len(line), metrics_sha256=hash_))
     with pytest.raises(ValueError, match="a version of minilora with other metrics per step: "):
         finetune(resumable(resume=True))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (Path.unlink, "metrics.jsonl does not exist: .*step-00000002 was saved after 2 steps"),
+        (lambda path: path.write_text(""), "metrics.jsonl is shorter than it was: "),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"1", b"2")), "not what it was: "),
+    ],
+    ids=["deleted", "emptied", "edited"],
+)
+def test_metrics_that_were_changed_are_refused(
+    harm: Callable[[Path], object], message: str, resumable: Configure
+) -> None:
+    interrupt(resumable(), 2)
+    out = Path(resumable().out)
+    harm(out / "metrics.jsonl")
+    before = contents(out)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        finetune(resumable(resume=True))
+    assert contents(out) == before
+
+
+def test_a_checkpoint_takes_as_much_space_after_many_steps_as_after_one(tmp_path: Path) -> None:
+    """The metrics are written once, to metrics.jsonl, and not again in every checkpoint."""
+    model = minilora.inject(torch.nn.Sequential(torch.nn.Linear(4, 3)), r=2)
+    optimizer = torch.optim.AdamW(minilora.adapter_parameters(model))
+    sizes = []
+    for steps in (1, 5000):
+        run = RunState({}, history=[made_up_step(i + 1) for i in range(steps)])
+        (tmp_path / "metrics.jsonl").write_text(to_jsonl(run.history))
+        path = save_checkpoint(tmp_path, run, model, optimizer, keep=2)
+        sizes.append(sum(len(content) for content in contents(path).values()))
+    assert sizes[1] - sizes[0] < 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f["config"].pop("r"), "'r' are missing or unknown"),
+        (lambda f: f["config"].update(more=1), "'more' are missing or unknown"),
+        (lambda f: f.update(config=[]), r"run\.json is not what minilora wrote: config is \[\]"),
+        (lambda f: f.update(lr=["x"]), r"lr is \['x'\]"),
+        (lambda f: f.update(lr=[1e-3] * 3), "learning rates for 3 groups"),
+        (lambda f: f.update(steps=7), "steps is 7"),
+        (lambda f: f.pop("eval_before"), "eval_before is missing"),
+        (lambda f: f.update(format="3"), "newer version"),
+        (lambda f: f["random"].update(torch="00"), "the state of torch is not one"),
+        (lambda f: f["random"]["numpy"]["state"].update(pos=625), "the state of numpy is not one"),
+        (lambda f: f["random"].update(python=[3, [0], None]), "the state of python is not one"),
+        (lambda f: f.update(more="\x1b"), r"unknown entries \['more'\]"),
+    ],
+)
+def test_a_run_json_that_nobody_wrote_is_refused_before_anything_changes(
+    change: Callable[[dict[str, Any]], object], message: str, resumable: Configure
+) -> None:
+    interrupt(resumable(), 2)
+    out = Path(resumable().out)
+    with_facts(newest_checkpoint(out), change)
+    before = contents(out)
+    with pytest.raises(ValueError, match=message):
+        finetune(resumable(resume=True))
+    assert contents(out) == before
+
+
+def test_a_manifest_opens_no_file_outside_of_the_checkpoint(resumable: Configure) -> None:
+    interrupt(resumable(), 2)
+    path = newest_checkpoint(Path(resumable().out))
+    hashes = json.loads((path / "manifest.json").read_text())
+    for name in ("/dev/zero", "../../metrics.jsonl"):
+        (path / "manifest.json").write_text(json.dumps(hashes | {name: "0"}))
+        assert checkpoints.find_damage(path) == f"{name} is missing"
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "message"),
+    [
+        ("x.step", torch.zeros(()), "'x.step' is no state of AdamW's"),
+        ("99.step", torch.zeros(()), "the run has no parameter 99"),
+        ("0.exp_avg", torch.zeros(3), r"0\.exp_avg is \[3\]"),
+        ("0.exp_avg", None, "parameter 0 has no exp_avg"),
+        ("0.step", torch.tensor(9.0), r"0\.step is not a number of steps up to 2"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused_before_anything_changes(
+    key: str, tensor: Tensor | None, message: str, resumable: Configure
+) -> None:
+    interrupt(resumable(), 2)
+    out = Path(resumable().out)
+    path = newest_checkpoint(out)
+    tensors = dict(read_tensors(path / "optimizer.safetensors")[0])
+    tensors.pop(key, None)
+    tensors = {k: t.clone() for k, t in tensors.items()} | ({} if tensor is None else {key: tensor})
+    write_tensors(path / "optimizer.safetensors", tensors, {})
+    update_manifest(path)
+    before = contents(out)
+    message = r"optimizer\.safetensors does not fit this run: .*" + message + ".*restore it, or"
+    with pytest.raises(ValueError, match=message):
+        finetune(resumable(resume=True))
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize(
@@ -331,7 +434,7 @@ def test_other_data_is_refused(
 def test_a_new_run_does_not_start_over_an_unfinished_one(resumable: Configure) -> None:
     interrupt(resumable(), 1)
     before = contents(Path(resumable().out))
-    message = r"unfinished run: resume it \(--resume, resume=True\), or remove .*checkpoints to"
+    message = r"unfinished run: resume it \(--resume, resume=True\), or start over with --overwrite"
     with pytest.raises(ValueError, match=message):
         finetune(resumable())
     assert contents(Path(resumable().out)) == before

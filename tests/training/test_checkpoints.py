@@ -16,7 +16,10 @@ from made_up import made_up_step
 import minilora
 from minilora.files.tensors import read_tensors
 from minilora.training import checkpoints
-from minilora.training.checkpoints import RunState, find_damage, restore_checkpoint, save_checkpoint
+from minilora.training.callbacks import to_jsonl
+from minilora.training.checkpoints import find_damage, save_checkpoint
+from minilora.training.restoring import restore_checkpoint
+from minilora.training.run_state import RunState, read_run
 
 
 def trained(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -42,6 +45,7 @@ def save(
     out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, keep: int = 2
 ) -> Path:
     history = [made_up_step(i + 1) for i in range(step)]
+    (out / "metrics.jsonl").write_bytes(to_jsonl(history).encode())
     return save_checkpoint(out, RunState({}, history=history), model, optimizer, keep)
 
 
@@ -103,7 +107,8 @@ def test_a_disk_that_fills_up_leaves_the_checkpoints_before(
     owner, name = owner_and_name
     for step in (1, 2):
         save(tmp_path, *trained(step), step=step)
-    before, calls, original = contents(tmp_path), [0], getattr(owner, name)
+    folder = tmp_path / "checkpoints"
+    before, calls, original = contents(folder), [0], getattr(owner, name)
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -111,23 +116,26 @@ def test_a_disk_that_fills_up_leaves_the_checkpoints_before(
             raise error
         return original(*args, **kwargs)
 
+    # The second rename is of the oldest one, to remove it.
+    removing = name == "rename" and call == 2
     three = trained(3)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fails)
         try:
             save(tmp_path, *three, step=3)
         except OSError as failed:
-            assert "step-00000003 could not be written" in str(failed)
-            assert "No space left" in str(failed)
+            done = "1 could not be removed" if removing else "3 could not be written"
+            assert f"step-0000000{done}" in str(failed) and "No space left" in str(failed)
         except KeyboardInterrupt:
             pass
         else:
             # Saving makes fewer calls of this kind.
             assert calls[0] < call
             return
-    assert contents(tmp_path) == before
+    after = contents(folder)
+    assert after == before if not removing else after.items() > before.items()
     save(tmp_path, *three, step=3)
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [
+    assert [p.name for p in sorted(folder.iterdir())] == [
         "step-00000002",
         "step-00000003",
     ]
@@ -136,7 +144,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoints_before(
 def test_optimizer_states_are_not_views_of_a_file_that_will_be_removed(tmp_path: Path) -> None:
     path = save(tmp_path, *trained(2), step=2)
     model, optimizer = trained(0)
-    restore_checkpoint(path, model, optimizer)
+    restore_checkpoint(path, read_run(path, tmp_path), model, optimizer)
     tensors, _ = read_tensors(path / "optimizer.safetensors")
     held = optimizer.state_dict()["state"]
     assert all(

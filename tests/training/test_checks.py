@@ -19,7 +19,7 @@ from minilora.training.data import Example
 from minilora.training.loop import train
 
 EXAMPLES = random_examples([40, 39, 38, 37, 36, 35, 34, 33])
-CONFIG = FinetuneConfig("", "", "", steps=3, batch_size=2, grad_accum=2, lr=1e-2)
+CONFIG = FinetuneConfig("m", "d", "o", steps=3, batch_size=2, grad_accum=2, lr=1e-2)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

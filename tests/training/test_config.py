@@ -1,5 +1,6 @@
 """The settings of a run: what is out of range, and how many steps they make."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,44 @@ from minilora.training import FinetuneConfig
     ],
 )
 def test_a_config_out_of_range_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig("m", "d", "o", **change)
+
+
+NAN, INFINITE = float("nan"), float("inf")
+WHOLE = ("r", "steps", "batch_size", "grad_accum", "max_length", "seed", "save_every", "keep")
+REAL = ("alpha", "dropout", "lr", "epochs", "weight_decay", "clip", "eval_fraction")
+FLAGS = ("quantize", "learn_prompt", "checkpointing", "resume", "overwrite", "trust_remote_code")
+WRONG = {
+    **{name: ("1", 1.0, True, [1], NAN, 1 << 70, -(1 << 70)) for name in WHOLE},
+    **{name: ("1", True, [1.0], NAN, INFINITE, -INFINITE, -1.0, 1e300) for name in REAL},
+    **{name: ("yes", 1, 0, []) for name in FLAGS},
+    **{name: ("", " ", "a\0b", None, 3, Path("x")) for name in ("model", "data", "out")},
+    "targets": ("", [], [""], [3], 3, None),
+    "device": (3, True),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_every_setting_of_a_wrong_type_or_out_of_range_is_refused_by_name(name: str) -> None:
+    settings = {"model": "m", "data": "d", "out": "o"}
+    for value in WRONG[name]:
+        with pytest.raises(ValueError, match=f"^{name}=.*: must be "):
+            FinetuneConfig(**(settings | {name: value}))
+
+
+def test_every_setting_is_among_them() -> None:
+    assert WRONG.keys() == FinetuneConfig.__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 60_000, "grad_accum": 60_000}, "batch_size=60000 times grad_accum=60000"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite contradict"),
+    ],
+)
+def test_settings_that_do_not_go_together(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FinetuneConfig("m", "d", "o", **change)
 

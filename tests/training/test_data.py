@@ -14,7 +14,6 @@ from minilora.training.data import (
     Example,
     encode,
     load_examples,
-    read_records,
 )
 
 CHATML = (
@@ -70,18 +69,24 @@ def test_every_answer_of_a_conversation_is_learned(tokenizer: Any) -> None:
     assert learned_text(example, tokenizer) == "1<|im_end|>22<|im_end|>"
 
 
-@given(st.text(min_size=1, max_size=30), st.text(min_size=1, max_size=30))
+def spoken(**options: Any) -> st.SearchStrategy[str]:
+    """Texts that hold more than white space, and no zero character."""
+    texts = st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1, **options)
+    return texts.filter(str.strip)
+
+
+@given(spoken(max_size=30), spoken(max_size=30))
 def test_whatever_the_texts_the_learned_tokens_are_the_answer(
     tokenizer: Any, prompt: str, completion: str
 ) -> None:
     (example,) = encode({"prompt": prompt, "completion": completion}, tokenizer, 1000)
-    if not any(mark in prompt + completion for mark in ("<|", "\ufffd")):
-        assert learned_text(example, tokenizer) == f"{completion}<|im_end|>"
+    assert learned_text(example, tokenizer) == f"{completion}<|im_end|>"
 
 
 def test_a_text_is_learned_throughout_and_cut_into_windows(tokenizer: Any) -> None:
     examples = encode({"text": "abcdefghij"}, tokenizer, 4)
-    assert [len(e.ids) for e in examples] == [4, 4, 2]
+    # Each window begins with the last token of the one before, which is not learned again.
+    assert [len(e.ids) for e in examples] == [4, 4, 4]
     assert "".join(learned_text(e, tokenizer) for e in examples) == "abcdefghij"
 
 
@@ -117,39 +122,82 @@ def test_a_conversation_in_which_the_assistant_is_silent_is_refused(tokenizer: A
         encode({"messages": [{"role": "user", "content": "hello?"}]}, tokenizer, 100)
 
 
+@pytest.mark.parametrize("size", range(2, 14))
+def test_every_token_of_a_text_but_the_first_is_predicted_once(tokenizer: Any, size: int) -> None:
+    examples = encode({"text": "abcdefghijkl"}, tokenizer, size)
+    assert max(len(e.ids) for e in examples) <= size
+    assert sum(e.learned for e in examples) == 11
+
+
+@pytest.mark.parametrize(("text", "max_length"), [("a", 100), ("abc", 1)])
+def test_a_text_without_a_token_to_predict_is_refused(
+    tokenizer: Any, text: str, max_length: int
+) -> None:
+    with pytest.raises(ValueError, match=r"d\.jsonl:3: a text of \d tokens .* nothing to learn"):
+        encode({"text": text}, tokenizer, max_length, where="d.jsonl:3")
+
+
+def test_parts_of_a_content_are_one_text_and_not_their_python_repr(tokenizer: Any) -> None:
+    parts = [{"type": "text", "text": "two "}, {"type": "text", "text": "parts"}]
+    turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": parts}]
+    (example,) = encode({"messages": turns}, tokenizer, 200)
+    assert learned_text(example, tokenizer) == "two parts<|im_end|>"
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_token_that_marks_turns_is_refused_within_a_turn(tokenizer: Any, turn: int) -> None:
+    """It would be tokenized as what it marks: a turn that ends early, or a second one."""
+    record = {"prompt": "say yes", "completion": "yes"}
+    key = ("prompt", "completion")[turn]
+    record[key] += "<|im_end|>"
+    with pytest.raises(ValueError, match=rf"d:1: turn {turn + 1} contains <\|im_end\|>"):
+        encode(record, tokenizer, 200, where="d:1")
+    # A text is taken as it is.
+    assert encode({"text": "yes<|im_end|>"}, tokenizer, 200)[0].ids[-1] == tokenizer.eos_token_id
+
+
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("template", "message"),
     [
-        (["", "  "], "is empty"),
-        (['{"text": "a"}', '{"text": '], r"d\.jsonl:2 is not valid JSON"),
-        (['{"text": "a"}', "", "[1]"], r"d\.jsonl:3 is a JSON list"),
-        (['{"instruction": "a"}'], r"d\.jsonl:1 has the keys \['instruction'\]"),
-        (['{"prompt": "a"}'], r"d\.jsonl:1 has the keys \['prompt'\]"),
-        (['{"prompt": "a", "completion": 3}'], r"d\.jsonl:1"),
-        (['{"messages": []}'], r"d\.jsonl:1"),
-        (['{"messages": [{"role": "user"}]}'], r"d\.jsonl:1"),
-        (['{"text": ""}'], r"d\.jsonl:1"),
+        ("{{ raise_exception('roles must alternate') }}", "fails .* roles must alternate"),
+        ("{{ messages[9].role }}", "fails .* UndefinedError"),
+        ("{{ 1 / 0 }}", "fails .* ZeroDivisionError"),
+        ("{% for m in %}", "fails .* TemplateSyntaxError"),
+        ("{{ ''.__class__.__mro__ }}", "fails .* SecurityError"),
+        ("{{ messages[9] + '\x1b[31m' }}", "fails"),
+        (CHATML.replace("m['content']", "m['content'] | upper"), r"turn 1 \(user\) as it is"),
+        (
+            CHATML.replace("m['content']", "'' if m['role'] == 'user' else m['content']"),
+            r"turn 1 \(user\) as it is",
+        ),
+        (
+            CHATML.replace("m['content']", "m['content'].split('</think>')[-1]"),
+            r"turn 2 \(assistant\) as it is",
+        ),
     ],
 )
-def test_malformed_lines_are_named(tmp_path: Path, lines: list[str], message: str) -> None:
-    path = tmp_path / "d.jsonl"
-    path.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=message):
-        list(read_records(path))
+def test_a_template_that_fails_or_changes_a_turn_is_named_with_the_line(
+    byte_tokenizer: Callable[[str], Any], template: str, message: str
+) -> None:
+    record = {"prompt": "say yes", "completion": "<think>hm</think>yes"}
+    with pytest.raises(ValueError, match=r"d\.jsonl:7: .*" + message) as error:
+        encode(record, byte_tokenizer(template), 400, where="d.jsonl:7")
+    assert "\x1b" not in str(error.value)
 
 
-def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        list(read_records(tmp_path / "nowhere.jsonl"))
-    (tmp_path / "b.txt").write_bytes(b"abc\xff\xfe")
-    with pytest.raises(ValueError, match=r"b\.txt is not UTF-8 text"):
-        list(read_records(tmp_path / "b.txt"))
+def test_a_slow_tokenizer_is_refused(tokenizer: Any) -> None:
+    class Slow:
+        chat_template = CHATML
+        is_fast = False
+
+    with pytest.raises(ValueError, match=r"d:1: this tokenizer \(Slow\) is not a fast one"):
+        encode({"prompt": "a", "completion": "b"}, Slow(), 100, where="d:1")
 
 
-def test_a_text_file_and_unicode_line_separators(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_file_is_read_and_encoded(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "t.txt").write_text("hello\nworld")
     assert len(load_examples(tmp_path / "t.txt", tokenizer, 100)[0].ids) == 11
-    # str.splitlines would cut this line in three.
-    tricky = {"text": "one\u2028two\x85three"}
-    (tmp_path / "u.jsonl").write_text(json.dumps(tricky, ensure_ascii=False) + "\n")
-    assert [record for _, record in read_records(tmp_path / "u.jsonl")] == [tricky]
+    (tmp_path / "d.csv").write_text("prompt,completion\na,b\n")
+    (example,) = load_examples(tmp_path / "d.csv", tokenizer, 200)
+    assert example == encode({"prompt": "a", "completion": "b"}, tokenizer, 200)[0]
+    assert example.where == f"{tmp_path / 'd.csv'}:2"

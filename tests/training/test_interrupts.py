@@ -24,7 +24,7 @@ def test_the_handlers_are_restored(resumable: Configure) -> None:
     with in_step(1, lambda: inside.extend(handlers())):
         finetune(resumable(steps=1))
     assert handlers() == before and not set(inside) & set(before)
-    interrupt(resumable(), 1)
+    interrupt(resumable(overwrite=True), 1)
     assert handlers() == before
 
 

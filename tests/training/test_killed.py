@@ -18,15 +18,11 @@ from pathlib import Path
 import torch, minilora
 from minilora.files.tensors import read_tensors
 from minilora.training import FinetuneConfig, checkpoint_manager, finetune, loop
-from minilora.training.checkpoints import (
-    RunState,
-    list_checkpoints,
-    newest_checkpoint,
-    read_checkpoint,
-    restore_checkpoint,
-    save_checkpoint,
-)
+from minilora.training.callbacks import to_jsonl
+from minilora.training.checkpoints import list_checkpoints, newest_checkpoint, save_checkpoint
 from minilora.training.loop import Step
+from minilora.training.restoring import restore_checkpoint
+from minilora.training.run_state import RunState, read_run
 
 
 # The parent never loads a model: a process with a pool of threads must not be forked.
@@ -47,7 +43,7 @@ def forked(work):
 
 
 def adapter_hash(folder):
-    return read_tensors(folder / "adapter_model.safetensors")[1]["tensors_sha256"]
+    return read_tensors(folder / "adapter_model.safetensors")[1]["contents_sha256"]
 
 
 # The exit code, or minus the number of the signal that ended it.
@@ -92,7 +88,8 @@ def step(model, optimizer):
 
 
 def save(model, optimizer, steps):
-    history = steps * [Step(**dict.fromkeys(Step.__dataclass_fields__, 1))]
+    history = [Step(**dict.fromkeys(Step.__dataclass_fields__, i + 1)) for i in range(steps)]
+    (folder / "metrics.jsonl").write_text(to_jsonl(history))
     save_checkpoint(folder, RunState({}, history=history), model, optimizer, keep=2)
 
 
@@ -103,6 +100,7 @@ def bits(model, optimizer):
     return [t.clone() for t in everything]
 
 
+folder.mkdir()
 model, optimizer = fresh()
 expected = []
 for steps in (1, 2, 3):
@@ -117,7 +115,8 @@ start = shutil.copytree(folder, str(folder) + "-start")
 
 def third():
     model, optimizer = fresh()
-    restore_checkpoint(folder / "checkpoints" / "step-00000002", model, optimizer)
+    path = folder / "checkpoints" / "step-00000002"
+    restore_checkpoint(path, read_run(path, folder), model, optimizer)
     step(model, optimizer)
     globals()["die_at"] = n
     save(model, optimizer, 3)
@@ -131,9 +130,10 @@ while True:
     code = status(forked(third))
     # A warning would be an error: no checkpoint that is there is damaged.
     path = newest_checkpoint(folder)
-    reached = len(read_checkpoint(path).history)
+    run = read_run(path, folder)
+    reached = len(run.history)
     model, optimizer = fresh()
-    restore_checkpoint(path, model, optimizer)
+    restore_checkpoint(path, run, model, optimizer)
     assert all(map(torch.equal, bits(model, optimizer), expected[reached - 1]))
     while reached < 4:
         step(model, optimizer)

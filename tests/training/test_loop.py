@@ -24,7 +24,7 @@ def test_accumulation_weighs_every_learned_token_alike(tiny_llama: Any) -> None:
         for p in minilora.adapter_parameters(model):
             generator = torch.Generator().manual_seed(p.numel())
             p.data.normal_(std=0.1, generator=generator)
-        config = FinetuneConfig("", "", "", steps=1, batch_size=size, grad_accum=accum, clip=1e9)
+        config = FinetuneConfig("m", "d", "o", steps=1, batch_size=size, grad_accum=accum, clip=1e9)
         found.append(next(train(model, random_examples([3, 30, 5, 17] * 2), config, pad=0)))
 
     # float32 sums in another order: of the order of 2^-24 times the number of terms, about 100.
@@ -43,7 +43,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(
         return sum(p.sum() for p in parameters) * math.nan
 
     monkeypatch.setattr(loop, "token_losses", nan_loss)
-    config = FinetuneConfig("", "", "", steps=1, batch_size=2)
+    config = FinetuneConfig("m", "d", "o", steps=1, batch_size=2)
     message = r"step 1: the loss is nan.*parameters are those after step 0"
     with pytest.raises(FloatingPointError, match=message):
         next(train(model, random_examples([5, 6]), config, pad=0))
