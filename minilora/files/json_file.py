@@ -39,7 +39,7 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
         ValueError: it is not JSON in UTF-8, not an object, too deep, or has a key twice.
     """
     try:
-        found = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON: {shown(error, 200)}") from error
     except RecursionError:
@@ -50,7 +50,12 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     return found
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `object_pairs_hook`: an object of JSON. Python's would keep the last of equal keys.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from minilora.files.json_file import unique_keys
 from minilora.files.text import shown
 
 # Where a row stands, for error messages ("file:line"), and its columns.
@@ -205,18 +206,8 @@ def _json_object(text: str, start: int, name: str, line: int) -> tuple[dict[str,
     return value, end
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. Python's would keep the last of equal keys in silence."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key '{shown(twice)}' occurs twice")
-    return found
-
-
 # No number is ever used. A float has no limit to its digits, as Python's integers do.
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=float)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=float)
 
 
 def _table(text: str, name: str, delimiter: str) -> Iterator[Row]:

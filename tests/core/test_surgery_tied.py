@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import Shared
 from torch import Tensor, nn
 
 import minilora
@@ -115,22 +116,6 @@ def test_merging_another_layer_leaves_the_head_tied(tiny_llama: Callable[..., An
     model = minilora.merge(minilora.inject(tiny_llama(tie_word_embeddings=True), r=4))
     assert is_tied(model)
     assert model.config.tie_word_embeddings is True
-
-
-class Shared(nn.Module):
-    """One layer under two parents, at two depths."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        layer = nn.Linear(12, 12)
-        self.inner = nn.Sequential(layer, nn.Tanh())
-        self.outer = layer
-        self.last = nn.Linear(12, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.last(self.outer(self.inner(x)))
-        return y
 
 
 class Twice(nn.Module):

@@ -17,7 +17,7 @@ from adapter_files import (
     nested,
     randomize,
 )
-from helpers import same_bits, snapshot
+from helpers import Shared, same_bits, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -355,22 +355,6 @@ def test_a_file_with_half_an_adapter_is_refused(drop: str, tmp_path: Path) -> No
     )
     with pytest.raises(ValueError, match="is not a LoRA adapter"):
         minilora.load_adapter(mlp(), path)
-
-
-class Shared(nn.Module):
-    """One layer under two parents, at two depths."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        layer = nn.Linear(12, 12)
-        self.inner = nn.Sequential(layer, nn.Tanh())
-        self.outer = layer
-        self.last = nn.Linear(12, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.last(self.outer(self.inner(x)))
-        return y
 
 
 def test_an_adapter_on_a_shared_layer_round_trips(tmp_path: Path) -> None:

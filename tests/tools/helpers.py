@@ -113,3 +113,19 @@ def quantize_untied(model: nn.Module) -> nn.Module:
         return id(layer.weight) not in tied and name not in DEFAULT_EXCLUDE
 
     return minilora.quantize(model, chosen)
+
+
+class Shared(nn.Module):
+    """One layer under two parents, at two depths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.Linear(12, 12)
+        self.inner = nn.Sequential(layer, nn.Tanh())
+        self.outer = layer
+        self.last = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.outer(self.inner(x)))
+        return y

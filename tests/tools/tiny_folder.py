@@ -15,15 +15,12 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from byte_level import CHATML, byte_tokenizer
 
 import minilora
 from minilora.files.adapter_folder import WEIGHTS
 from minilora.files.tensors import read_tensors, write_tensors
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -34,29 +31,11 @@ SIZES = {
 NF4 = {"quant_type": "nf4", "block_size": 64, "double_quant": True}
 
 
-def make_tokenizer() -> Any:
-    import tokenizers
-    import transformers
-
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    core = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=False
-    )
-    core.decoder = tokenizers.decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>"
-    )
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    fast.chat_template = CHATML
-    return fast
-
-
 def make_model_folder(path: Path, *, shards: bool = False) -> Path:
     """Writes the model; with `shards`, as several files and an index."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    make_tokenizer().save_pretrained(path)
+    byte_tokenizer(CHATML).save_pretrained(path)
     config = LlamaConfig(
         **SIZES,
         vocab_size=258,
