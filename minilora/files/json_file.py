@@ -54,13 +54,13 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `object_pairs_hook`: an object of JSON. Python's would keep the last of equal keys.
 
     Raises:
-        ValueError: a key is there twice.
+        ValueError: a key occurs twice.
     """
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {shown(twice)!r} is there twice")
+        raise ValueError(f"the key '{shown(twice)}' occurs twice")
     return found
 
 
