@@ -68,7 +68,7 @@ def test_every_format_gives_the_same_rows(
     content = (mark + CONTENTS[name]).encode()
     path = tmp_path / name
     if packed:
-        path, content = tmp_path / f"{name}.GZ", gzip.compress(content)
+        path, content = tmp_path / f"{name}.GZ", gzip.compress(content, mtime=0)
     found = rows(written(path, content))
     assert [{k: v for k, v in row.items() if k} for row in found] == ROWS
 
@@ -84,7 +84,9 @@ def test_rows_are_named_by_the_line_in_which_they_begin(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["t.txt", "t.MD", "t.md.gz"])
 def test_a_text_is_one_row(tmp_path: Path, name: str) -> None:
     content = '\ufeffprompt,completion\r\n{"text": 1}\n'.encode()
-    path = written(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)
+    path = written(
+        tmp_path / name, gzip.compress(content, mtime=0) if name.endswith("gz") else content
+    )
     assert rows(path) == [{"text": 'prompt,completion\n{"text": 1}\n'}]
 
 
@@ -132,11 +134,15 @@ def test_a_file_of_no_known_format_is_refused(tmp_path: Path, name: str) -> None
         ("d.txt.gz", b"text", " is not an intact gzip file: "),
         (
             "d.txt.gz",
-            gzip.compress(LINES.encode())[:-9],
+            gzip.compress(LINES.encode(), mtime=0)[:-9],
             " is not an intact gzip file: it ends too",
         ),
-        ("d.txt.gz", gzip.compress(b"a")[:-8] + 8 * b"x", " is not an intact gzip file: .*check"),
-        ("d.txt.gz", gzip.compress(b"a") + b"more", " is not an intact gzip file: "),
+        (
+            "d.txt.gz",
+            gzip.compress(b"a", mtime=0)[:-8] + 8 * b"x",
+            " is not an intact gzip file: .*check",
+        ),
+        ("d.txt.gz", gzip.compress(b"a", mtime=0) + b"more", " is not an intact gzip file: "),
     ],
 )
 def test_what_is_wrong_with_a_file_is_named_with_its_line(
@@ -149,7 +155,7 @@ def test_what_is_wrong_with_a_file_is_named_with_its_line(
 
 
 def test_members_of_a_gzip_file_follow_each_other(tmp_path: Path) -> None:
-    members = [gzip.compress(line.encode()) for line in LINES.splitlines(keepends=True)]
+    members = [gzip.compress(line.encode(), mtime=0) for line in LINES.splitlines(keepends=True)]
     assert rows(written(tmp_path / "d.jsonl.gz", b"".join(members) + 512 * b"\0")) == ROWS
 
 
@@ -157,9 +163,12 @@ def test_a_small_file_that_expands_to_gigabytes_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(formats, "ALWAYS_ALLOWED", 10_000)
-    path = written(tmp_path / "d.txt.gz", gzip.compress(b"a" * 10_000))
+    path = written(tmp_path / "d.txt.gz", gzip.compress(b"a" * 10_000, mtime=0))
     assert len(rows(path)[0]["text"]) == 10_000
-    for content in (gzip.compress(b"a" * 100_000), 30 * gzip.compress(b"a" * 9_000)):
+    for content in (
+        gzip.compress(b"a" * 100_000, mtime=0),
+        30 * gzip.compress(b"a" * 9_000, mtime=0),
+    ):
         with pytest.raises(ValueError, match=r"d\.txt\.gz expands to more than 100 times its size"):
             rows(written(path, content))
 
