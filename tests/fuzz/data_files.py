@@ -337,7 +337,7 @@ def special_file(path: Path, rng: random.Random) -> None:
     elif kind == "blank":
         path.write_bytes(rng.choice((b"", b"\n \n", b"\xef\xbb\xbf", b"\r\n")))
     elif kind == "bomb":
-        member = gzip.compress(b"a" * (1 << 20), 9)
+        member = gzip.compress(b"a" * (1 << 20), 9, mtime=0)
         path.with_name(path.name + ".gz").write_bytes(80 * member)
     elif kind == "name":
         suffix = rng.choice(("", ".xls", ".doc", ".jsonl.bz2", ".json_", ".parquet.gz"))
@@ -396,7 +396,7 @@ def run(seed: int, folder: Path) -> str:
         content = spoil(content, rng)
     if rng.random() < 0.3:
         path = path.with_name(path.name + rng.choice((".gz", ".GZ")))
-        content = gzip.compress(content)
+        content = gzip.compress(content, mtime=0)
         if change == "bytes" and rng.random() < 0.3:
             content = rng.choice((truncate, change_bytes))(content, rng)
     path.write_bytes(content)
