@@ -1,7 +1,9 @@
 """The file that edits a model: quantize, inject, eject, use; and `disabled` and `audit`.
 
 Every function first checks all that it can and allocates all that it needs, then edits: a call that
-is refused, or that runs out of memory, leaves the model as it was. Merging is in `merging.py`.
+is refused leaves the model as it was, and so does an error while it edits. Only `quantize`, which
+frees each dense weight before the next, says how far it came if memory runs out. Merging is in
+`merging.py`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
