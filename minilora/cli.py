@@ -23,6 +23,8 @@ from minilora.training.config import FinetuneConfig
 if TYPE_CHECKING:
     from torch import nn
 
+    from minilora.huggingface.provenance import BaseChoice
+
 app = typer.Typer(
     add_completion=False,
     invoke_without_command=True,
@@ -142,9 +144,11 @@ def generate(
 ) -> None:
     """Generate an answer to a prompt with greedy decoding."""
     from minilora.huggingface.generation import generate as answer
+    from minilora.huggingface.provenance import choose_base
 
     text = _read_prompt(prompt)
-    base, tokenizer = _load(model, adapter, quantize, device, trust_remote_code)
+    choice = choose_base(adapter, quantize)
+    base, tokenizer = _load(model, adapter, choice, device, trust_remote_code)
     print(answer(base, tokenizer, text, limit=max_new_tokens))
 
 
@@ -166,10 +170,10 @@ def merge(
     from minilora.merging import merge as run
 
     folder = check_new_folder(out)
-    quantized = choose_base(adapter, quantize).quantize is not None
-    base, tokenizer = _load(model, adapter, quantize, "cpu", trust_remote_code)
+    choice = choose_base(adapter, quantize)
+    base, tokenizer = _load(model, adapter, choice, "cpu", trust_remote_code)
     merged = run(base)
-    mark_merged(merged, Merged(model, adapter, quantized))
+    mark_merged(merged, Merged(model, adapter, quantized=choice.quantize is not None))
     save_model(merged, tokenizer, folder)
     print(f"merged model saved in {folder}/")
 
@@ -202,15 +206,13 @@ def plan(
 
 
 def _load(
-    model: str, adapter: str | None, quantize: bool | None, device: str | None, trust: bool
+    model: str, adapter: str | None, choice: "BaseChoice", device: str | None, trust: bool
 ) -> tuple["nn.Module", Any]:
-    """The base as the adapter was trained on it, with the adapter, and its tokenizer."""
+    """The base as it was chosen, with the adapter, and its tokenizer."""
     from minilora.files.adapters import load_adapter
     from minilora.huggingface.loading import load_dense, pick_device
-    from minilora.huggingface.provenance import choose_base
     from minilora.training.progress import quantize_with_progress
 
-    choice = choose_base(adapter, quantize)
     if choice.note:
         _say(f"note: {choice.note}")
     base, tokenizer = load_dense(model, device=pick_device(device), trust_remote_code=trust)

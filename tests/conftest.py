@@ -6,8 +6,9 @@ No network, Triton interpreted, one thread per worker, hypothesis without deadli
 import os
 import signal
 
-# Before anything imports huggingface_hub, which reads it once.
+# Before anything imports huggingface_hub, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 # Before anything imports triton. With a GPU: TRITON_INTERPRET=0, `make test-gpu`.
 os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.huggingface.context import context_length
 from minilora.huggingface.messages import one_line
 
 
@@ -95,9 +96,8 @@ def _check_prompt(model: Any, ids: Tensor, limit: int) -> None:
             f"the tokenizer gives token {int(ids.max())} and the model knows {known}: "
             "they do not belong together"
         )
-    config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
-    if isinstance(context, int) and length + limit > context:
+    context = context_length(model.config)
+    if context is not None and length + limit > context:
         raise ValueError(
             f"the prompt has {length} tokens, and with max_new_tokens={limit} it exceeds the "
             f"model's context of {context}: shorten the prompt, or give a lower max_new_tokens"

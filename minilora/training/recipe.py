@@ -10,6 +10,7 @@ from torch import nn
 
 from minilora.files.adapters import save_adapter
 from minilora.huggingface.activation_checkpointing import gradient_checkpointing
+from minilora.huggingface.context import check_max_length
 from minilora.huggingface.generation import pad_id
 from minilora.huggingface.loading import load_config, load_dense, pick_device
 from minilora.huggingface.provenance import decide_quantize
@@ -18,7 +19,6 @@ from minilora.training.batches import check_step_size, split_hold_out
 from minilora.training.callbacks import run_with, show_progress, write_metrics
 from minilora.training.checkpoint_manager import CheckpointManager
 from minilora.training.config import FinetuneConfig
-from minilora.training.context import check_max_length
 from minilora.training.data import encode_records
 from minilora.training.lock import hold_folder
 from minilora.training.loop import make_optimizer, train

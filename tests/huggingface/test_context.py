@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from minilora.training.context import check_max_length, context_length
+from minilora.huggingface.context import check_max_length, context_length
 
 transformers = pytest.importorskip("transformers", reason="the configs are transformers'")
 
