@@ -4,13 +4,14 @@ BIN := .venv/bin
 comma := ,
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minilora
 
-.PHONY: demo test notebooks docs docs-serve test-site test-gpu test-triton-matrix lint soak fuzz lock audit bench bench-gpu clean help
+.PHONY: demo test notebooks docs docs-serve dist package test-site test-gpu test-triton-matrix lint soak fuzz lock audit bench bench-gpu clean help
 
 help:
-	@echo "make demo   fine-tune a small language model on this machine, about five minutes; writes runs/demo/"
+	@echo "make demo   fine-tune a small language model on this machine, in a few minutes; writes runs/demo/"
 	@echo "make test   lint, types and every test"
 	@echo "make notebooks           run the notebooks and compare what they print with what is stored in them"
 	@echo "make docs        build the documentation into site/, strictly, and test it in a browser; make docs-serve shows it"
+	@echo "make package     build wheel and sdist into dist/, and run the README's snippet from each in a clean environment"
 	@echo "make test-gpu            the tests of Triton kernels on the GPU of this machine, not in the interpreter"
 	@echo "make test-triton-matrix  the same in the interpreter, and the compile gate, on triton 3.6.0 and the newest; outside CI"
 	@echo "make bench-gpu           speed of the Triton kernels against bitsandbytes and cuBLAS; says so where there is no GPU"
@@ -40,6 +41,18 @@ docs: .venv/docs
 
 docs-serve: .venv/docs
 	$(MKDOCS) serve
+
+# setuptools and build are those of .venv, which with LOCKED=1 are the locked ones.
+dist: .venv/dev
+	@echo "== wheel and sdist"
+	rm -rf dist
+	$(BIN)/python -m build -q --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+# PYTHONS=...: the Pythons to install with; by default this one, and the oldest and the newest other one on this machine.
+package: dist
+	@echo "== the README's snippet, from wheel and sdist in clean environments (PyTorch is the large part)"
+	$(BIN)/python tests/tools/clean_install.py dist $(PYTHONS)
 
 test-site: .venv/docs
 	$(BIN)/pytest -q -m site tests/project/test_site.py

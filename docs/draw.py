@@ -221,6 +221,30 @@ def fused() -> Picture:
     return p
 
 
+def update() -> Picture:
+    """One layer as its weights: W is frozen, and B A beside it is trained. For the README."""
+    p = Picture(420, 178, "LoRA: a frozen weight W, and the product of two thin matrices beside it")
+    side, thin, top = 104.0, 16.0, 34.0
+    middle = top + side / 2
+
+    p.text(16 + side / 2, 22, "frozen, in 4 bits", "small soft", "middle")
+    p.box(16, top, side, side, "w", "W", "mono")
+    p.text(16 + side / 2, top + side + 18, "[out, in]", "mono small", "middle")
+    p.text(178, middle + 5, "+ alpha/r", "mono", "middle")
+
+    size, r = 4096, 8
+    share = 2 * size * r / size**2
+    text = f"trained: {share:.1%} of {size} x {size} at r = {r}"
+    p.text(404, 22, text, "small soft", "end")
+    p.box(256, top, thin, side, "lora")
+    p.text(246, middle + 5, "B", "mono", "end")
+    p.text(256 + thin / 2, top + side + 18, "[out, r]", "mono small", "middle")
+    p.box(292, middle - thin / 2, side, thin, "lora")
+    p.text(292 + side / 2, middle - thin / 2 - 8, "A", "mono", "middle")
+    p.text(292 + side / 2, middle + thin / 2 + 18, "[r, in]", "mono small", "middle")
+    return p
+
+
 def lora() -> Picture:
     """The forward and the gradients as blocks whose sides are M, I, O and r."""
     p = Picture(WIDE, 620, "LoRA's forward and its gradients as products of blocks")
@@ -551,6 +575,7 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "nf4-levels": density,
     "fused-product": fused,
     "lora-shapes": lora,
+    "lora-update": update,
     "pages": pages,
     "structure": structure,
 }

@@ -201,14 +201,13 @@ def on_config(config: MkDocsConfig) -> None:
 
     def expand(entry: Any) -> Any:
         if isinstance(entry, list):
-            return [expand(e) for e in entry]
+            return [page for e in entry for page in (matches(e) if "*" in e else [expand(e)])]
         if isinstance(entry, dict):
             return {title: expand(e) for title, e in entry.items()}
-        return (
-            [place(p.relative_to(ROOT).as_posix()) for p in sorted(ROOT.glob(entry))]
-            if "*" in entry
-            else entry
-        )
+        return entry
+
+    def matches(pattern: str) -> list[str]:
+        return [place(p.relative_to(ROOT).as_posix()) for p in sorted(ROOT.glob(pattern))]
 
     config.nav = expand(config.nav)
     config.markdown_extensions.append(LINKS)  # type: ignore[arg-type]
@@ -242,8 +241,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> None:
     LINKS.page = page.file.src_uri
     if page.is_homepage:
-        # A list of one entry is no help there.
-        page.meta["hide"] = ["navigation"]
+        # A list of one entry is no help there, and the first screen uses the full width.
+        page.meta["hide"] = ["navigation", "toc"]
 
 
 class Docstrings(griffe.Extension):

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from minilora.training import FinetuneConfig as FinetuneConfig
     from minilora.training import finetune as finetune
 
+# The package takes it from here; CITATION.cff repeats it.
 __version__ = "0.1.0"
 
 # Name -> the subpackage that it is imported from when it is first used.

@@ -1,23 +1,24 @@
-"""The command line: minilora demo | finetune | generate | merge | plan.
+"""The command line: minilora demo | finetune | generate | chat | merge | plan.
 
 The options of `finetune` are the fields of `FinetuneConfig`; their help is its docstring. The other
 commands reuse the texts.
 """
 
-import contextlib
 import dataclasses
 import inspect
-import io
-import os
 import re
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import minilora
+from minilora.huggingface.sampling import GREEDY, Sampling
+from minilora.reports.errors import describe
+from minilora.reports.terminal import discard_output, prepare_output, say
 from minilora.training.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -48,8 +49,20 @@ TEXTS = attribute_texts(FinetuneConfig)
 # The types of `FinetuneConfig` that an option cannot have, and what it has instead.
 OPTION_TYPES: dict[Any, Any] = {str | Sequence[str]: str}
 
+SAMPLING_TEXTS = attribute_texts(Sampling)
+
 Model = Annotated[str, typer.Option(help=TEXTS["model"])]
+Base = Annotated[
+    str | None, typer.Option(help=f"{TEXTS['model'][:-1]} (default: the one that --adapter names).")
+]
 Adapter = Annotated[str, typer.Option(help="Folder of an adapter, minilora's or PEFT's.")]
+OptionalAdapter = Annotated[
+    str | None, typer.Option(help="Folder of an adapter (default: none, the base model alone).")
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Maximum number of new tokens per answer.")]
+Temperature = Annotated[float, typer.Option(help=SAMPLING_TEXTS["temperature"])]
+TopP = Annotated[float, typer.Option(help=SAMPLING_TEXTS["top_p"])]
+SamplingSeed = Annotated[int, typer.Option(help=SAMPLING_TEXTS["seed"])]
 Quantize = Annotated[
     bool | None,
     typer.Option(
@@ -98,16 +111,43 @@ def parse_targets(text: str) -> str | list[str]:
     return names if len(names) != 1 else names[0]
 
 
-@app.command()
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """An interrupted run ends with one line and the exit code that a signal has."""
+    from minilora.training import Interrupted
+
+    try:
+        yield
+    except Interrupted as error:
+        # Typer would swallow the message of a KeyboardInterrupt.
+        say(str(error))
+        raise typer.Exit(128 + error.signal) from None
+
+
+@app.command(short_help="Fine-tune SmolLM2-135M on a CPU, as a demo.")
 def demo(
-    out: Annotated[str, typer.Option(help="Output folder.")] = "runs/demo",
-    steps: Annotated[int, typer.Option(help="Number of optimizer steps.")] = 100,
+    task: Annotated[
+        str,
+        typer.Argument(
+            metavar="[orders|shell]",
+            help="What to learn: orders (a customer's message becomes a line for the stockroom), "
+            "or shell (a task becomes a shell command), which is too hard for the model.",
+        ),
+    ] = "orders",
+    out: Annotated[
+        str, typer.Option(help="Output folder; a demo that it contains is replaced.")
+    ] = "runs/demo",
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Number of optimizer steps (default: 36 for orders, 100 for shell)."),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Run QLoRA on SmolLM2-135M, from the model to the merged adapter, on a CPU."""
     from minilora.demo.run import run_demo
 
-    run_demo(out, steps, seed)
+    with _interruptible():
+        run_demo(task, out, steps, seed)
 
 
 @app.command()
@@ -115,48 +155,125 @@ def demo(
 def finetune(**options: Any) -> None:
     """Fine-tune a causal language model on your own data."""
     from minilora.reports.formatting import format_bytes
-    from minilora.training import Interrupted
     from minilora.training import finetune as run
     from minilora.training.progress import peak_memory
+    from minilora.training.report import REPORT, next_commands
 
     options["targets"] = parse_targets(options["targets"])
-    try:
-        result = run(FinetuneConfig(**options))
-    except Interrupted as error:
-        # Typer would swallow the message of a KeyboardInterrupt.
-        print(f"minilora: {error}", file=sys.stderr)
-        raise typer.Exit(128 + error.signal) from None
-    print(result)
-    print(f"peak memory {format_bytes(peak_memory())}")
+    config = FinetuneConfig(**options)
+    with _interruptible():
+        result = run(config)
+    print(f"\n{result}\n")
+    if memory := peak_memory():
+        print(f"peak memory: {format_bytes(memory)}")
+    print(f"full report: {config.out}/{REPORT}")
+    print("\n".join(["", "next steps:", *(f"  {line}" for line in next_commands(config))]))
 
 
 @app.command()
 def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Option(help="The prompt; '-' reads standard input.")],
-    adapter: Annotated[
-        str | None, typer.Option(help="Folder of an adapter (default: none, the base model alone).")
+    model: Base = None,
+    adapter: OptionalAdapter = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The prompt; '-' reads standard input.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 128,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="File of prompts, instead of --prompt: a text with one per line, or the other "
+            "formats of --data, with 'prompt' or 'messages'. The answers are JSON Lines: "
+            '{"prompt": ..., "answer": ...}.'
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="File for the answers to --prompts; it must not exist yet (default: standard "
+            "output)."
+        ),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    batch_size: Annotated[
+        int, typer.Option(help="Number of prompts of --prompts that are answered at a time.")
+    ] = 8,
+    temperature: Temperature = GREEDY.temperature,
+    top_p: TopP = GREEDY.top_p,
+    seed: SamplingSeed = GREEDY.seed,
     quantize: Quantize = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Generate an answer to a prompt with greedy decoding."""
+    """Generate an answer to a prompt, or to each prompt of a file."""
+    from minilora.huggingface.console import print_answer, read_prompt
+    from minilora.huggingface.generation import check_batch_size, check_limit
     from minilora.huggingface.generation import generate as answer
     from minilora.huggingface.provenance import choose_base
+    from minilora.huggingface.saving import check_new_path
+    from minilora.training.prompts import answer_prompts, read_prompts
 
-    text = _read_prompt(prompt)
-    choice = choose_base(adapter, quantize)
-    base, tokenizer = _load(model, adapter, choice, device, trust_remote_code)
-    print(answer(base, tokenizer, text, limit=max_new_tokens))
+    if (prompt is None) == (prompts is None):
+        raise typer.BadParameter("give either --prompt or --prompts")
+    if out is not None and prompts is None:
+        raise typer.BadParameter("--out is for the answers to --prompts")
+    if out is not None:
+        check_new_path(out)
+    check_limit(max_new_tokens)
+    check_batch_size(batch_size)
+    asked = [read_prompt(prompt)] if prompt is not None else read_prompts(str(prompts))
+    sampling = Sampling(temperature, top_p, seed)
+    choice = choose_base(model, adapter, quantize, trust_remote_code)
+    base, tokenizer = _load(choice, adapter, device, trust_remote_code)
+    options: Any = {"limit": max_new_tokens, "sampling": sampling}
+    if prompt is not None:
+        print_answer(answer(base, tokenizer, asked[0], **options), sys.stdout)
+    else:
+        answer_prompts(base, tokenizer, asked, out, batch_size=batch_size, **options)
 
 
 @app.command()
+def chat(
+    model: Base = None,
+    adapter: OptionalAdapter = None,
+    system: Annotated[
+        str | None, typer.Option(help="System message (default: the chat template's).")
+    ] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = GREEDY.temperature,
+    top_p: TopP = GREEDY.top_p,
+    seed: SamplingSeed = GREEDY.seed,
+    quantize: Quantize = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk to a model, and switch its adapter off and on to compare.
+
+    /help lists the commands of the conversation. Without a terminal, each line of standard input
+    is answered on standard output; blank lines are skipped, and commands are executed. A program
+    that has many prompts asks them with `minilora generate --prompts`, whose answers are JSON.
+    """
+    from minilora.huggingface.chat import Chat
+    from minilora.huggingface.console import Console
+    from minilora.huggingface.conversation import Conversation
+    from minilora.huggingface.generation import check_limit
+    from minilora.huggingface.provenance import choose_base
+
+    if sys.stdin is None or sys.stdout is None:
+        raise ValueError("standard input or output is closed: there is nobody to talk to")
+    check_limit(max_new_tokens)
+    sampling = Sampling(temperature, top_p, seed)
+    choice = choose_base(model, adapter, quantize, trust_remote_code)
+    base, tokenizer = _load(choice, adapter, device, trust_remote_code)
+    conversation = Conversation(
+        base, tokenizer, limit=max_new_tokens, sampling=sampling, system=system
+    )
+    Chat(conversation, Console(sys.stdin, sys.stdout, lambda text: say(f"note: {text}"))).run()
+
+
+@app.command(short_help="Merge an adapter into its base and save the model.")
 def merge(
-    model: Model,
     adapter: Adapter,
     out: Annotated[str, typer.Option(help="Output folder; it must not exist yet.")],
+    model: Base = None,
     quantize: Quantize = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -166,19 +283,19 @@ def merge(
     With --quantize or --no-quantize it is what you say.
     """
     from minilora.huggingface.provenance import Merged, choose_base, mark_merged
-    from minilora.huggingface.saving import check_new_folder, save_model
+    from minilora.huggingface.saving import check_new_path, save_model
     from minilora.merging import merge as run
 
-    folder = check_new_folder(out)
-    choice = choose_base(adapter, quantize)
-    base, tokenizer = _load(model, adapter, choice, "cpu", trust_remote_code)
+    folder = check_new_path(out)
+    choice = choose_base(model, adapter, quantize, trust_remote_code)
+    base, tokenizer = _load(choice, adapter, "cpu", trust_remote_code)
     merged = run(base)
-    mark_merged(merged, Merged(model, adapter, quantized=choice.quantize is not None))
+    mark_merged(merged, Merged(choice.name, adapter, quantized=choice.quantize is not None))
     save_model(merged, tokenizer, folder)
     print(f"merged model saved in {folder}/")
 
 
-@app.command()
+@app.command(short_help="Show layers and memory before a run.")
 def plan(
     model: Model,
     r: Rank = 16,
@@ -206,16 +323,18 @@ def plan(
 
 
 def _load(
-    model: str, adapter: str | None, choice: "BaseChoice", device: str | None, trust: bool
+    choice: "BaseChoice", adapter: str | None, device: str | None, trust_remote_code: bool
 ) -> tuple["nn.Module", Any]:
     """The base as it was chosen, with the adapter, and its tokenizer."""
     from minilora.files.adapters import load_adapter
     from minilora.huggingface.loading import load_dense, pick_device
     from minilora.training.progress import quantize_with_progress
 
-    if choice.note:
-        _say(f"note: {choice.note}")
-    base, tokenizer = load_dense(model, device=pick_device(device), trust_remote_code=trust)
+    for note in choice.notes:
+        say(f"note: {note}")
+    base, tokenizer = load_dense(
+        choice.name, device=pick_device(device), trust_remote_code=trust_remote_code
+    )
     if choice.quantize is not None:
         quantize_with_progress(base, **choice.quantize)
     if adapter is not None:
@@ -223,25 +342,16 @@ def _load(
     return base, tokenizer
 
 
-def _read_prompt(prompt: str) -> str:
-    """The prompt, or standard input for '-'; it has to be text."""
-    name, text = "--prompt", prompt.encode(errors="surrogateescape")
-    if prompt == "-":
-        if sys.stdin is None:
-            raise ValueError("--prompt -: standard input is closed")
-        name, text = "standard input", sys.stdin.buffer.read()
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text: {error}") from error
-
-
 @app.callback()
 def options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
     """LoRA and QLoRA: fine-tune a language model, try it, merge it."""
+    if version:
+        print(f"minilora {minilora.__version__}")
+        raise typer.Exit
     if isinstance(context.obj, _Invocation):
         context.obj.debug = debug
     if context.invoked_subcommand is None:
@@ -255,18 +365,9 @@ class _Invocation:
     debug: bool = False
 
 
-# Of sysexits.h: an error inside the program, which is not the user's.
-INTERNAL_ERROR = 70
-
-# Errors that say what to do; any other one is a defect of minilora.
-EXPECTED = (ValueError, TypeError, OSError, FloatingPointError)
-
-LONGEST_MESSAGE = 3000
-
-
 def main() -> None:
     """Runs the command line. An error is one line and an exit code; --debug adds a traceback."""
-    _prepare_output()
+    prepare_output()
     invocation = _Invocation()
     code = None
     try:
@@ -277,64 +378,12 @@ def main() -> None:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
-        _discard_output()
+        discard_output()
         sys.exit(1)
     except Exception as error:
         if invocation.debug:
             traceback.print_exc()
         text, code = describe(error)
-        _say(text)
-        _discard_output()
+        say(text)
+        discard_output()
     sys.exit(code)
-
-
-def describe(error: Exception) -> tuple[str, int]:
-    """Returns the line that a user sees for an error, and the exit code."""
-    if hasattr(error, "format_message") and hasattr(error, "ctx"):
-        return _describe_usage(error)
-
-    # Of PyTorch: a RuntimeError of this name, or one that only its text tells apart.
-    no_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if no_memory or "can't allocate memory" in str(error):
-        return f"out of memory: {error or 'the system gives no more'}; see `minilora plan`", 1
-    if isinstance(error, EXPECTED) and str(error):
-        return str(error), 1
-    return (
-        f"internal error: {error!r}. This is a defect of minilora: please report it with what "
-        "`minilora --debug ...` prints",
-        INTERNAL_ERROR,
-    )
-
-
-def _describe_usage(error: Any) -> tuple[str, int]:
-    """The same for one of typer's errors: an option that is missing, unknown or misspelt."""
-    command = error.ctx.command_path if error.ctx else "minilora"
-    return f"{error.format_message()} (see `{command} --help`)", error.exit_code
-
-
-def _say(text: str) -> None:
-    """Prints one line to standard error; what controls a terminal is escaped."""
-    from minilora.huggingface.messages import one_line
-
-    if sys.stderr is not None:
-        print(f"minilora: {one_line(text, LONGEST_MESSAGE)}", file=sys.stderr)
-
-
-def _prepare_output() -> None:
-    """One line per warning, no progress bars in files, and text that any terminal can show."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        # The progress bars of transformers.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Their warnings are for programmers; what a user has to know is checked here.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _discard_output() -> None:
-    """Makes sure that what could not be written is not written again at exit."""
-    if sys.stdout is not None:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,96 +1,65 @@
 """The demo in one picture: the losses, and what the model answered before and after training."""
 
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from minilora.demo.report import Answer, Report, shortened
+from minilora.demo.report import Report, answers_of, shortened
 from minilora.files.atomic import atomic_files
-from minilora.training.result import LOSS
+from minilora.training.picture import draw_losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Steps of the running mean.
-WINDOW = 10
-
-ANSWERS_SHOWN = 3
 LINE_HEIGHT = 0.074
+
+# Characters that fit into the right half.
+QUESTION_WIDTH, ANSWER_WIDTH = 66, 50
+
+WRONG, RIGHT = "0.45", "tab:green"
 
 
 def draw(report: Report, path: Path) -> None:
-    """Writes the picture of a report as a PNG file."""
-    import matplotlib
+    """Writes the picture of a report as a PNG file.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    title = "SmolLM2-135M learns to write shell commands: QLoRA on a CPU"
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    _draw_losses(left, report)
-    _draw_answers(right, report.answers[:ANSWERS_SHOWN])
-    with atomic_files(path) as (temporary,):
-        figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)
-
-
-def _draw_losses(axes: "Axes", report: Report) -> None:
-    steps = [step.step for step in report.history]
-    losses = [step.loss for step in report.history]
-    label = f"training, mean of {WINDOW} steps"
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
-    axes.plot(steps, running_mean(losses), color="tab:blue", linewidth=2, label=label)
-
-    for name, value, style in (
-        ("base in NF4", report.nf4_loss, ":"),
-        ("unquantized base", report.base_loss, "--"),
-        ("fine-tuned", report.tuned_loss, "-"),
-    ):
-        axes.axhline(value, color="tab:red", linestyle=style, linewidth=1.2)
-        axes.annotate(
-            f"hold-out: {name} {value:.2f}",
-            xy=(1, value),
-            xycoords=axes.get_yaxis_transform(),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right",
-            fontsize=9,
-        )
-
-    axes.set(xlabel="step (8 commands each)", ylabel=LOSS, xlim=(1, max(2, len(steps))))
-    axes.legend(fontsize=9, loc="lower left", frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
+    figure.suptitle(report.task.title, x=0.01, ha="left", fontweight="bold")
+    left, right = figure.subplots(1, 2)
+    draw_losses(left, report.history, eval_before=report.nf4_loss, eval_after=report.tuned_loss)
+    draw_answers(right, report)
+    with atomic_files(path) as (temporary,), warnings.catch_warnings():
+        # An answer may be in any script; the font draws a box for what it lacks.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")
+        figure.savefig(temporary, format="png")
 
 
-def running_mean(values: list[float]) -> list[float]:
-    """Returns the mean of each value and those before it, at most WINDOW in all."""
-    windows = [values[max(0, i + 1 - WINDOW) : i + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
-
-
-def _draw_answers(axes: "Axes", answers: list[Answer]) -> None:
+def draw_answers(axes: "Axes", report: Report) -> None:
+    """Writes the score and a few answers on empty axes: right ones, if there are any."""
     axes.axis("off")
-    heights = iter(0.97 - LINE_HEIGHT * line for line in range(100))
-    heading = "tools that it was never trained on"
-    axes.text(0, next(heights), heading, fontsize=10, color="0.4", va="top")
+    heights = iter(0.98 - LINE_HEIGHT * line for line in range(100))
 
-    for answer in answers:
-        command = answer.command
-        next(heights)
-        question = shortened(f"{command.tool}: {command.task}", 62)
-        axes.text(0, next(heights), question, fontsize=10, va="top")
-        for name, text, colour in (
-            ("before", answer.before, "0.45"),
-            ("after", answer.after, "tab:blue"),
-            ("sheet", command.command, "tab:green"),
-        ):
-            axes.text(
-                0.02,
-                next(heights),
-                f"{name:<6}  {shortened(text, 52)}",
-                fontsize=9,
-                family="monospace",
-                va="top",
-                color=colour,
-                parse_math=False,
-            )
+    def write(text: str, x: float = 0, **style: Any) -> None:
+        style = {"fontsize": 9, "va": "top", "parse_math": False, **style}
+        axes.text(x, next(heights), text, **style)
+
+    count = len(report.samples)
+    scores = f"{report.exact_before} of {count} before, {report.exact_after} of {count} after"
+    write(f"exactly right: {scores}", fontsize=11, fontweight="bold")
+    write(f"held out: {shortened(report.task.held_out_are, 80)}", color="0.4")
+
+    write(f"some {'right' if report.right else 'wrong'} answers:", color="0.4")
+    # A wrong one has a line more.
+    for i, sample in enumerate(report.right or report.wrong[:2]):
+        if i:
+            next(heights)
+        write(shortened(sample.prompt, QUESTION_WIDTH), fontsize=10)
+        for name, text in answers_of(sample):
+            right = text.strip() == sample.expected.strip()
+            line = f"{name:<8}  {shortened(text, ANSWER_WIDTH)}"
+            write(line, 0.02, family="monospace", color=RIGHT if right else WRONG)

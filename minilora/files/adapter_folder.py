@@ -15,7 +15,7 @@ from minilora.files.atomic import atomic_files, unfinished
 from minilora.files.base import Base, from_json, to_json
 from minilora.files.hashing import sha256_of_file, sha256_of_tensors
 from minilora.files.names import PEFT_PREFIX, canonical_name
-from minilora.files.peft_config import CONFIG, read_config
+from minilora.files.peft_config import CONFIG, config_file, read_config
 from minilora.files.tensors import read_metadata, read_tensors, write_tensors
 from minilora.files.text import shown
 
@@ -154,7 +154,7 @@ def _weights_of(folder: Path) -> Path:
     After a kill between the two renames, the new weights are still where they were written.
     """
     path = folder / WEIGHTS
-    config_hash = sha256_of_file(folder / CONFIG)
+    config_hash = sha256_of_file(config_file(folder))
     if read_metadata(path).get(_CONFIG_HASH, config_hash) == config_hash:
         return path
     for candidate in unfinished(folder / CONFIG, WEIGHTS):

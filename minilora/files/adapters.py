@@ -22,7 +22,7 @@ from minilora.files.adapter_folder import (
 )
 from minilora.files.base import Base, base_of
 from minilora.files.names import canonical_name
-from minilora.files.peft_config import CONFIG, make_config
+from minilora.files.peft_config import CONFIG, make_config, read_base_name
 from minilora.files.peft_values import ConfigReader
 from minilora.files.text import shown
 from minilora.lora import LoRA
@@ -162,6 +162,24 @@ def trained_on(path: str | Path) -> Base | None:
         (True, 'nf4 (blocks of 64, double-quantized)')
     """
     return read_base(Path(path))
+
+
+def base_name(path: str | Path) -> str | None:
+    """The name of the model that a saved adapter was trained on; None: its config does not say.
+
+    A name is what the model was loaded from: a folder or a hub id. Anybody can write any name into
+    an adapter's config.
+
+    Raises:
+        FileNotFoundError: the folder holds no adapter.
+        ValueError: the config is damaged.
+
+    Example:
+        >>> model = minilora.inject(torch.nn.Sequential(torch.nn.Linear(64, 8)), r=4)
+        >>> base_name(save_adapter(model, tmp / "of-no-name")) is None
+        True
+    """
+    return read_base_name(Path(path))
 
 
 def _only_name(model: nn.Module) -> str:

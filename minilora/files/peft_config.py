@@ -9,10 +9,13 @@ from torch import nn
 
 from minilora.files.json_file import read_json
 from minilora.files.peft_values import check_values
-from minilora.files.text import shown
+from minilora.files.text import shown, shown_value
 from minilora.targets import is_named
 
 CONFIG = "adapter_config.json"
+
+# Of a base: a path may be as long on Linux.
+_LONGEST_NAME = 4096
 
 # The options of PEFT 0.21's LoraConfig that `load_adapter` honours.
 _READ = frozenset(
@@ -117,6 +120,43 @@ def _target_modules(adapted: Collection[str], linear_layers: Collection[str]) ->
     return "|".join(map(re.escape, sorted(adapted)))
 
 
+def config_file(folder: Path) -> Path:
+    """Returns the path of the config of the adapter in a folder.
+
+    Raises:
+        FileNotFoundError: it does not exist; the message says what there is instead of an adapter.
+    """
+    path, name = folder / CONFIG, shown(folder, _LONGEST_NAME)
+    if path.is_file():
+        return path
+    if folder.is_dir():
+        raise FileNotFoundError(
+            f"{shown(path, _LONGEST_NAME)} does not exist: {name} holds no adapter"
+        )
+    if folder.exists():
+        raise FileNotFoundError(f"'{name}' is a file: an adapter is the folder that holds {CONFIG}")
+    raise FileNotFoundError(
+        f"there is no folder '{name}': an adapter is loaded from a local folder (--adapter), not "
+        "by a hub id"
+    )
+
+
+def read_base_name(folder: Path) -> str | None:
+    """Returns the name of the base of the adapter in a folder; None: the config does not say.
+
+    Raises:
+        FileNotFoundError: the folder holds no adapter.
+        ValueError: the config is damaged, or what it names is no name.
+    """
+    path = config_file(folder)
+    name = read_json(path).get("base_model_name_or_path")
+    if name is None or name == "":
+        return None
+    if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise ValueError(f"{path}: base_model_name_or_path is {shown_value(name)}, no model's name")
+    return name
+
+
 def read_config(path: Path, own_options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the contents of an adapter_config.json, after a check of every value that is used.
 
@@ -130,9 +170,7 @@ def read_config(path: Path, own_options: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: it is not a LoRA adapter's config, has a value of another type or out of range,
             or sets an option that would change the function and that the adapter does not have.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: {path.parent} holds no adapter")
-    config = read_json(path)
+    config = read_json(config_file(path.parent))
     if (kind := config.get("peft_type")) != "LORA":
         raise ValueError(f"{path}: peft_type is {shown(repr(kind))}, minilora reads 'LORA'")
     check_values(config, path)

@@ -4,4 +4,8 @@ from minilora.huggingface.activation_checkpointing import (
     gradient_checkpointing as gradient_checkpointing,
 )
 from minilora.huggingface.generation import generate as generate
+from minilora.huggingface.generation import generate_batch as generate_batch
+from minilora.huggingface.generation import stream as stream
 from minilora.huggingface.loading import load_dense as load_dense
+from minilora.huggingface.sampling import GREEDY as GREEDY
+from minilora.huggingface.sampling import Sampling as Sampling

@@ -89,7 +89,19 @@ def load_dense(
         model, tokenizer = _from_pretrained(path, dtype or best_dtype(device), trust_remote_code)
         model = model.to(device)
         _try_out(model)
+    model.config._name_or_path = _recorded_name(source)
     return model, tokenizer
+
+
+def _recorded_name(source: str | Path) -> str:
+    """What the files of the model's adapters call their base.
+
+    A folder by its full path, which means the same folder wherever it is read; the bundled model by
+    its name, and not by the path of this user's cache.
+    """
+    if str(source) != DEMO_MODEL and Path(source).is_dir():
+        return str(Path(source).absolute())
+    return str(source)
 
 
 def load_config(source: str | Path, *, trust_remote_code: bool = False) -> Any:

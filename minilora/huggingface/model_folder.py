@@ -64,12 +64,22 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> dict[str
     return config
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name could be that of a model on the hub.
+
+    Example:
+        >>> is_hub_id("owner/name"), is_hub_id("/home/somebody/name"), is_hub_id("../name")
+        (True, False, False)
+    """
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def _hub_config(source: str | Path) -> dict[str, Any]:
     from transformers import PreTrainedConfig
     from transformers.utils import find_adapter_config_file
 
     try:
-        if not _HUB_ID.fullmatch(str(source)):
+        if not is_hub_id(str(source)):
             raise ValueError("there is no such folder")
         config, _ = PreTrainedConfig.get_config_dict(str(source))
         adapter = find_adapter_config_file(str(source))

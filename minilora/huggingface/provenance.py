@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from minilora.files.adapters import trained_on
+from minilora.files.adapters import base_name, trained_on
+from minilora.files.peft_config import CONFIG as ADAPTER_CONFIG
+from minilora.huggingface.bundled import DEMO_MODEL
 from minilora.huggingface.messages import one_line
-from minilora.huggingface.model_folder import CONFIG
+from minilora.huggingface.model_folder import CONFIG, is_hub_id
 
 _KEY = "minilora"
 
@@ -89,54 +91,95 @@ def decide_quantize(quantize: bool | None, config: Any, source: str | Path) -> b
         raise ValueError(
             f"{source} is a merged model (of {one_line(merged.base, 80)} and "
             f"{one_line(merged.adapter, 80)}): quantizing it would undo most of the merge. Choose "
-            "quantize=False (--no-quantize), or quantize=True (--quantize) to do it all the same"
+            "quantize=False (--no-quantize), or quantize=True (--quantize) to quantize anyway"
         )
     return True if quantize is None else quantize
 
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """How a base is prepared for an adapter.
+    """Which base is loaded, and how it is prepared for an adapter.
 
     Attributes:
+        name: a folder, a hub id or "smollm2".
         quantize: the options of `minilora.quantize`; None: the base stays dense.
-        note: what the user should know about the choice; empty if nothing.
+        notes: what the user should know about the choice.
         other_base: whether it is another base than the adapter was trained on.
     """
 
+    name: str
     quantize: dict[str, Any] | None
-    note: str = ""
+    notes: tuple[str, ...] = ()
     other_base: bool = False
 
 
-def choose_base(adapter: str | Path | None, quantize: bool | None) -> BaseChoice:
-    """Returns how to prepare the base: as the adapter was trained, unless asked for otherwise.
+def choose_base(
+    model: str | None,
+    adapter: str | None,
+    quantize: bool | None,
+    trust_remote_code: bool = False,
+) -> BaseChoice:
+    """Returns the base to load: what the adapter was trained on, unless asked for otherwise.
 
     Args:
+        model: the name of the base; None: the one that the adapter names.
         adapter: an adapter's folder; None: the base alone.
         quantize: what was asked for; None: as it was.
+        trust_remote_code: whether code of the base may run. Its name has to be given then: an
+            adapter can name any model.
 
     Raises:
-        FileNotFoundError: the adapter's weights do not exist.
-        ValueError: they cannot be read.
+        FileNotFoundError: the adapter does not exist, or the folder that it names.
+        ValueError: no model is given and the adapter does not name one, or its files are damaged.
     """
+    notes = []
+    name = model
+    if name is None:
+        name = _name_of_base(adapter, trust_remote_code)
+        notes.append(f"base model: {one_line(name)} (from {one_line(adapter)}/{ADAPTER_CONFIG})")
     if adapter is None:
-        return BaseChoice({} if quantize else None)
+        return BaseChoice(name, {} if quantize else None)
 
-    trained = trained_on(adapter)
+    shown, trained = one_line(adapter), trained_on(adapter)
     if trained is None:
-        note = (
-            f"{one_line(adapter)} does not say whether its base was quantized: the base stays dense"
-        )
-        note = f"{note} (--quantize to quantize it)" if quantize is None else ""
-        return BaseChoice({} if quantize else None, note)
+        if quantize is None:
+            notes.append(
+                f"{shown} does not say whether its base was quantized: the base stays dense "
+                "(--quantize to quantize it)"
+            )
+        return BaseChoice(name, {} if quantize else None, tuple(notes))
 
     if quantize is None or quantize == trained.quantized:
-        return BaseChoice(asdict(trained.usual) if trained.quantized else None)
+        options = asdict(trained.usual) if trained.quantized else None
+        return BaseChoice(name, options, tuple(notes))
 
     before, now = ("dense", "quantized") if quantize else ("quantized", "dense")
-    note = (
-        f"{one_line(adapter)} was trained on a {before} base, and this one is {now}, as asked for: "
-        "its answers and its hold-out loss can differ"
+    notes.append(
+        f"{shown} was trained on a {before} base, and this one is {now}, as requested: its answers "
+        "and its hold-out loss can differ"
     )
-    return BaseChoice({} if quantize else None, note, other_base=True)
+    return BaseChoice(name, {} if quantize else None, tuple(notes), other_base=True)
+
+
+def _name_of_base(adapter: str | None, trust_remote_code: bool) -> str:
+    """The name in an adapter's config, if it can be one: a folder that exists, or a hub id."""
+    if adapter is None:
+        raise ValueError(
+            "no model given: pass --model, or an --adapter that records its base model"
+        )
+
+    name, shown = base_name(adapter), one_line(adapter)
+    if name is None:
+        raise ValueError(f"{shown} does not name its base: give --model")
+    if trust_remote_code:
+        raise ValueError(
+            f"--trust-remote-code would run code of {one_line(name)}, because {shown} names it: if "
+            "you trust that model, give it as --model"
+        )
+    # A folder on another machine (//host/share) would be asked for, with the user's credentials.
+    remote = name.startswith(("//", "\\\\"))
+    if name == DEMO_MODEL or (not remote and (Path(name).is_dir() or is_hub_id(name))):
+        return name
+    raise FileNotFoundError(
+        f"{shown} was trained on {one_line(name)}, which does not exist here: give --model"
+    )

@@ -9,23 +9,23 @@ from torch import nn
 from minilora.files.atomic import atomic_folder
 
 
-def check_new_folder(path: str | Path) -> Path:
-    """Returns the path of a folder that can be made, before any work is done for it.
+def check_new_path(path: str | Path) -> Path:
+    """Returns the path of a file or folder that can be made, before any work is done for it.
 
     Raises:
         ValueError: something exists there already.
         OSError: the folder that it would be in cannot be written to.
     """
-    folder = Path(path)
-    if os.path.lexists(folder):
-        raise ValueError(f"{folder} already exists: choose another --out, or remove it")
+    new = Path(path)
+    if os.path.lexists(new):
+        raise ValueError(f"{new} already exists: choose another --out, or remove it")
 
-    above = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
+    above = next(parent for parent in new.absolute().parents if os.path.lexists(parent))
     if not above.is_dir():
-        raise NotADirectoryError(f"{folder} cannot be made: {above} is not a folder")
+        raise NotADirectoryError(f"{new} cannot be made: {above} is not a folder")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder} cannot be made: {above} cannot be written to")
-    return folder
+        raise PermissionError(f"{new} cannot be made: {above} cannot be written to")
+    return new
 
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A table as text, and as HTML for a notebook.
+"""A table as text, as HTML for a notebook, and as Markdown for a report.
 
 Jupyter asks an object for `_repr_html_`. `Plan`, `MergeReport` and `Result` answer with a `Table`
 and a picture (see pictures.py).
@@ -48,11 +48,21 @@ class Table:
         table = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
         return f"<div>{title}{table}{below}{picture}</div>"
 
+    def markdown(self) -> str:
+        """Returns the head and the rows as a table of Markdown, without title and lines below."""
+        rule = "|---" + "|---:" * (len(self.head) - 1) + "|"
+        return "\n".join([_markdown_row(self.head), rule, *map(_markdown_row, self.rows)])
+
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
     cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
     cells[0] = row[0].ljust(widths[0])
     return "  ".join(cells)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    escaped = [cell.replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def _html_row(tag: str, cells: Sequence[str]) -> str:

@@ -1,12 +1,13 @@
-"""What accompanies the training loop: a progress bar and metrics.jsonl.
+"""What accompanies the training loop: its progress and metrics.jsonl.
 
 A callback is a context manager around the loop. On entry it returns a function that is called with
-each `Step`; what it opened is closed when the loop ends, with or without an error. Checkpoints are
-a callback too: `CheckpointManager.saving`.
+each `Step`; what it opened is closed when the loop ends, with or without an error. Checkpoints
+(`CheckpointManager.saving`), the best adapter and TensorBoard are callbacks too.
 """
 
 import io
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
@@ -15,9 +16,13 @@ from pathlib import Path
 from minilora.files.atomic import write_text
 from minilora.files.disk_errors import naming
 from minilora.optim.adamw import PagedAdamW
-from minilora.reports.formatting import format_bytes
 from minilora.training.loop import Step
-from minilora.training.progress import peak_memory, progress_bar
+from minilora.training.progress import (
+    announce,
+    is_terminal,
+    steps_as_bar,
+    steps_as_lines,
+)
 
 AfterStep = Callable[[Step], None]
 Callback = AbstractContextManager[AfterStep]
@@ -36,21 +41,30 @@ def run_with(callbacks: Sequence[Callback], steps: Iterable[Step]) -> list[Step]
 
 
 @contextmanager
-def show_progress(total: int, done: int, optimizer: PagedAdamW) -> Iterator[AfterStep]:
-    """Shows a progress bar with loss, speed and memory; at the end, what the optimizer paged."""
-    with progress_bar("train", total, done) as bar:
+def show_progress(
+    total: int, done: int, optimizer: PagedAdamW, every: int | None = None
+) -> Iterator[AfterStep]:
+    """Shows loss, speed and memory; at the end, what the optimizer paged.
+
+    A progress bar if standard error is a terminal. Lines on standard output, see `steps_as_lines`,
+    unless both are terminals: a log file or a notebook gets them, and no terminal gets a bar that
+    lines interrupt.
+    """
+    has_bar = is_terminal(sys.stderr)
+    displays = [steps_as_bar(total, done)] if has_bar else []
+    if not (has_bar and is_terminal(sys.stdout)):
+        displays.append(steps_as_lines(total, done, every))
+
+    with ExitStack() as stack:
+        functions = [stack.enter_context(display) for display in displays]
 
         def after_step(step: Step) -> None:
-            speed = step.tokens / step.seconds
-            memory = peak_memory()
-            held = f", {format_bytes(memory)}" if memory else ""
-            bar.set_postfix_str(f"loss {step.loss:.3f}, {speed:.0f} tokens/s{held}")
-            bar.update()
+            for show in functions:
+                show(step)
 
         yield after_step
-
-        if optimizer.paging.since is not None:
-            bar.write(f"the device ran out of memory: {optimizer.paging}")
+    if optimizer.paging.since is not None:
+        announce(f"the device ran out of memory: {optimizer.paging}")
 
 
 @contextmanager
@@ -70,15 +84,16 @@ def write_metrics(path: Path, history: Sequence[Step]) -> Iterator[AfterStep]:
 
         def after_step(step: Step) -> None:
             with naming(path):
-                _write_all(file, to_jsonl([step]).encode())
+                write_all(file, to_jsonl([step]).encode())
 
         yield after_step
 
 
-def _write_all(file: io.FileIO, line: bytes) -> None:
-    # A disk that is nearly full takes a part of it, and raises an error at the next attempt.
-    while line:
-        line = line[file.write(line) :]
+def write_all(file: io.FileIO, data: bytes) -> None:
+    """Writes all of the bytes to an unbuffered file, or raises OSError."""
+    # A disk that is nearly full takes a part of them, and raises an error at the next attempt.
+    while data:
+        data = data[file.write(data) :]
 
 
 def to_jsonl(history: Iterable[Step]) -> str:

@@ -22,18 +22,22 @@ from minilora.training.checkpoints import (
 )
 from minilora.training.config import FinetuneConfig
 from minilora.training.data import Example
+from minilora.training.evaluation import BestAdapter
 from minilora.training.interrupts import Interrupted, catch_signals
 from minilora.training.loop import Step
 from minilora.training.restoring import restore_checkpoint
 from minilora.training.run_folder import begin, check_folder, check_new
 from minilora.training.run_state import RunState, read_run
+from minilora.training.samples import Question
 
-# Settings that may change when a run is resumed. The path of the data may, but not its examples.
+# Settings that may change when a run is resumed. The paths of the data may, but not the examples.
 MAY_CHANGE = {
     "data",
+    "eval_data",
     "out",
     "device",
     "checkpointing",
+    "log_every",
     "save_every",
     "keep",
     "resume",
@@ -52,6 +56,7 @@ class CheckpointManager:
 
     Attributes:
         run: what the next checkpoint will hold besides tensors.
+        best: the best adapter so far.
         newest: the newest intact checkpoint; None: there is none yet.
         resumed: whether the run started from a checkpoint.
 
@@ -66,6 +71,7 @@ class CheckpointManager:
         self.newest: Path | None = None
         self.resumed = config.resume
         self.run = RunState(asdict(config))
+        self.best = BestAdapter()
 
         check_folder(self.out)
         if config.resume:
@@ -75,16 +81,25 @@ class CheckpointManager:
         else:
             check_new(self.out, config.overwrite)
 
-    def check_examples(self, examples: Sequence[Example]) -> None:
+    def check_examples(self, training: Sequence[Example], held_out: Sequence[Example]) -> None:
         """Raises ValueError if the data gives other examples than those of the run so far."""
-        now = fingerprint(examples)
+        now = fingerprint(training, held_out)
         if self.resumed and now != self.run.examples:
+            files = " with ".join(filter(None, (self.config.data, self.config.eval_data)))
             raise ValueError(
-                f"{self.config.data} gives other examples than those that {self.newest} was "
+                f"{files} gives other examples than those that {self.newest} was "
                 "trained on: the file, the tokenizer or its chat template has changed. Restore it "
                 "to resume, or start a new run in another folder"
             )
         self.run.examples = now
+
+    def check_questions(self, questions: Sequence[Question]) -> None:
+        """Raises ValueError if the run so far has not one answer to each sample prompt."""
+        if self.resumed and len(self.run.answers) != len(questions):
+            raise ValueError(
+                f"{self.newest} has {len(self.run.answers)} answers to {len(questions)} sample "
+                "prompts: restore it, or remove it to resume from the checkpoint before it"
+            )
 
     def check_base(self, model: nn.Module) -> None:
         """Raises ValueError if the model, without adapters yet, is not that of the run so far."""
@@ -100,7 +115,8 @@ class CheckpointManager:
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Step]:
         """Restores the checkpoint to resume from, if any; returns the steps taken so far."""
         if self.newest is not None:
-            restore_checkpoint(self.newest, self.run, model, optimizer)
+            tensors = restore_checkpoint(self.newest, self.run, model, optimizer)
+            self.best.restore(self.run.history, tensors)
         return list(self.run.history)
 
     def begin(self) -> None:
@@ -123,7 +139,9 @@ class CheckpointManager:
                 self.run.add(step)
                 due = every > 0 and step.step % every == 0
                 if due or request.signal is not None:
-                    self.newest = save_checkpoint(self.out, self.run, model, optimizer, keep)
+                    self.newest = save_checkpoint(
+                        self.out, self.run, model, optimizer, keep, self.best.tensors
+                    )
                 if request.signal is not None:
                     raise self._interrupted(request.signal, step)
 

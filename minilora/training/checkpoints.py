@@ -5,9 +5,12 @@ A checkpoint is a folder, OUT/checkpoints/step-00000040:
     adapter_config.json,          the adapter in PEFT's layout; the folder can be given as --adapter
     adapter_model.safetensors
     optimizer.safetensors         AdamW's moments and step counts, as "<parameter's index>.<name>"
+    best.safetensors              with eval_every: the parameters of the adapter with the lowest
+                                  hold-out loss so far, as "<parameter's index>"
     run.json                      format version, config, learning rate, random states, hashes of
-                                  the examples and of the base, the loss on the hold-out before
-                                  training, how much of OUT/metrics.jsonl belongs to it
+                                  the examples and of the base, the loss on the hold-out and the
+                                  sample answers before training, how much of OUT/metrics.jsonl
+                                  belongs to it
     manifest.json                 the SHA-256 of every other file
 
 It is written under a temporary name, synced to the disk and then renamed, so that a kill at any
@@ -30,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.files.adapter_folder import WEIGHTS
 from minilora.files.adapters import save_adapter
@@ -47,6 +50,7 @@ from minilora.training.run_state import METRICS, RUN, RunState, checkpoint_name
 
 FOLDER = "checkpoints"
 OPTIMIZER = "optimizer.safetensors"
+BEST = "best.safetensors"
 MANIFEST = "manifest.json"
 
 _FILES = frozenset({ADAPTER_CONFIG, WEIGHTS, OPTIMIZER, RUN})
@@ -55,24 +59,42 @@ _FILES = frozenset({ADAPTER_CONFIG, WEIGHTS, OPTIMIZER, RUN})
 _UNFINISHED = ".step-*.partial"
 
 
-def fingerprint(examples: Sequence[Example]) -> str:
+def fingerprint(*parts: Sequence[Example]) -> str:
     """Returns the SHA-256 of all token ids and labels.
 
     It changes with the data, the tokenizer and the chat template.
+
+    Args:
+        parts: the training examples, and the hold-out.
     """
     total = hashlib.sha256()
-    for example in examples:
-        numbers = [len(example.ids), *example.ids, *example.labels]
-        total.update(array("q", numbers).tobytes())
+    for examples in parts:
+        total.update(array("q", [len(examples)]).tobytes())
+        for example in examples:
+            numbers = [len(example.ids), *example.ids, *example.labels]
+            total.update(array("q", numbers).tobytes())
     return total.hexdigest()
 
 
 def save_checkpoint(
-    out: Path, run: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
+    out: Path,
+    run: RunState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    best: Sequence[Tensor] = (),
 ) -> Path:
     """Saves a checkpoint after the last step of `run.history`; removes all but the last `keep`.
 
     The lines of these steps must already be in OUT/metrics.jsonl.
+
+    Args:
+        out: the output folder.
+        run: what the checkpoint holds besides tensors.
+        model: the model with its adapters.
+        optimizer: the optimizer of the adapters' parameters.
+        keep: number of checkpoints to keep.
+        best: the parameters of the best adapter so far, if the hold-out was evaluated.
 
     Raises:
         OSError: the disk is full or not writable. Earlier checkpoints stay as they were.
@@ -82,7 +104,7 @@ def save_checkpoint(
         # The checkpoint refers to it.
         sync(out / METRICS)
         with atomic_folder(path) as folder:
-            _write(folder, run, model, optimizer)
+            _write(folder, run, model, optimizer, best)
     except OSError as error:
         raise OSError(
             f"the checkpoint {path} could not be written; earlier checkpoints are unchanged: "
@@ -97,7 +119,13 @@ def save_checkpoint(
     return path
 
 
-def _write(folder: Path, run: RunState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _write(
+    folder: Path,
+    run: RunState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    best: Sequence[Tensor],
+) -> None:
     save_adapter(model, folder)
 
     tensors = {
@@ -106,6 +134,8 @@ def _write(folder: Path, run: RunState, model: nn.Module, optimizer: torch.optim
         for name, value in state.items()
     }
     write_tensors(folder / OPTIMIZER, tensors, {})
+    if best:
+        write_tensors(folder / BEST, {str(i): tensor for i, tensor in enumerate(best)}, {})
 
     facts = run.facts(optimizer, adapter_parameters(model)[0].device)
     (folder / RUN).write_text(json.dumps(facts) + "\n")

@@ -26,8 +26,8 @@ class FinetuneConfig:
             separated by commas (q_proj,v_proj).
         dropout: Dropout probability on the adapters' input.
         lr: Peak learning rate: linear warm-up over 3 % of the steps, then cosine decay to zero.
-        steps: Number of optimizer steps (default: as many as epochs takes).
-        epochs: Number of passes over the training examples; ignored if steps is given.
+        steps: Number of optimizer steps (default: from epochs).
+        epochs: Number of passes over the training examples; ignored with steps.
         batch_size: Number of sequences per forward pass.
         grad_accum: Number of forward passes per optimizer step (gradient accumulation). The loss
             is averaged over all completion tokens of the step.
@@ -35,16 +35,25 @@ class FinetuneConfig:
         weight_decay: AdamW's weight decay.
         clip: Maximum norm of the gradients; larger ones are scaled down to it.
         quantize: Quantize the base model to 4-bit NormalFloat (QLoRA); otherwise plain LoRA
-            (default: quantize, but a merged model has to be asked for).
+            (default: quantize; for a merged model, choose explicitly).
         learn_prompt: Train on the prompt too, not only on the completion.
         eval_fraction: Fraction of the examples held out for evaluation; 0 holds out none.
+        eval_data: Evaluation data in a file of its own, in the same formats (default: a part
+            of the data, see eval_fraction).
+        eval_every: Evaluate the hold-out every N steps and keep the adapter with the lowest loss;
+            0 evaluates only before and after training and keeps the last one.
+        samples: Number of hold-out prompts that the model answers before and after training, for
+            the report; 0 disables them.
         seed: Seed for the hold-out split, data order and adapter initialization.
         device: Device to train on: cpu, cuda or mps (default: cuda if available,
             else cpu).
         checkpointing: Gradient checkpointing: less memory, more time, the same results (default:
             on for a quantized model that supports it).
-        save_every: Number of steps between two checkpoints of the run; 0 saves one only if the run
-            is interrupted.
+        log_every: Print a line of progress at least every N steps (default: about 20 lines per
+            run); none if standard output and standard error are both a terminal, where a progress
+            bar is shown instead.
+        save_every: Save a checkpoint of the run every N steps; 0 saves one only if the run is
+            interrupted.
         keep: Number of most recent checkpoints to keep.
         resume: Resume from the newest intact checkpoint in the output folder.
         overwrite: Replace the run in the output folder, finished or not. Other files there stay.
@@ -77,9 +86,13 @@ class FinetuneConfig:
     quantize: bool | None = None
     learn_prompt: bool = False
     eval_fraction: float = 0.05
+    eval_data: str | None = None
+    eval_every: int = 0
+    samples: int = 3
     seed: int = 0
     device: str | None = None
     checkpointing: bool | None = None
+    log_every: int | None = None
     save_every: int = 100
     keep: int = 2
     resume: bool = False

@@ -15,6 +15,9 @@ _INTEGERS = {
     "grad_accum": (1, 1 << 16),
     "max_length": (1, 1 << 24),
     "seed": (-(1 << 63), (1 << 63) - 1),
+    "eval_every": (0, 1 << 40),
+    "samples": (0, 1 << 10),
+    "log_every": (1, 1 << 40),
     "save_every": (0, 1 << 40),
     "keep": (1, 1 << 20),
 }
@@ -28,7 +31,7 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "dropout": ("at least 0 and below 1", lambda x: 0 <= x < 1),
     "eval_fraction": ("at least 0 and below 1", lambda x: 0 <= x < 1),
 }
-_PATHS = ("model", "data", "out")
+_PATHS = ("model", "data", "out", "eval_data")
 
 # Of one optimizer step.
 _MOST_EXAMPLES = 1 << 20
@@ -48,7 +51,8 @@ def check_settings(config: Any) -> None:
     }
 
     for name in _PATHS:
-        _check_path(name, given[name])
+        if name in given:
+            _check_path(name, given[name])
     for name in sorted(given.keys() & {*flags, "quantize", "checkpointing"}):
         if not isinstance(given[name], bool):
             raise _wrong(name, given[name], "True or False")
@@ -103,6 +107,11 @@ def _check_together(given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"batch_size={given['batch_size']} times grad_accum={given['grad_accum']} is "
             f"{examples:,} examples per step: must be at most {_MOST_EXAMPLES:,}"
+        )
+    if given["eval_every"] and not given["eval_fraction"] and "eval_data" not in given:
+        raise ValueError(
+            f"eval_every={given['eval_every']} and eval_fraction=0 contradict each other: hold out "
+            "a part of the data, or give eval_data"
         )
     if given["resume"] and given["overwrite"]:
         raise ValueError(

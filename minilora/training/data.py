@@ -12,7 +12,13 @@ from typing import Any
 
 from minilora.files.text import shown
 from minilora.huggingface.generation import apply_template
-from minilora.training.records import Messages, Record, check_record, read_records
+from minilora.training.records import (
+    Messages,
+    Record,
+    check_record,
+    conversation,
+    read_records,
+)
 
 # The label that cross_entropy ignores.
 IGNORE = -100
@@ -75,7 +81,7 @@ def encode(
     if "text" in record:
         return _encode_text(record["text"], tokenizer, max_length, where)
 
-    text, spans = _render(_messages(record), tokenizer, where)
+    text, spans = _render(conversation(record), tokenizer, where)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     learned = [learn_prompt or _is_inside(token, spans) for token in offsets]
@@ -100,14 +106,6 @@ def _encode_text(text: str, tokenizer: Any, max_length: int, where: str) -> list
         labels = [IGNORE, *window[1:]] if start else list(window)
         examples.append(Example(window, labels, where=where))
     return examples
-
-
-def _messages(record: Record) -> Messages:
-    """The turns of a conversation; a prompt and its completion are two."""
-    return record.get("messages") or [
-        {"role": "user", "content": record["prompt"]},
-        {"role": "assistant", "content": record["completion"]},
-    ]
 
 
 def _is_inside(token: Span, spans: list[Span]) -> bool:

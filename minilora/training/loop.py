@@ -39,6 +39,8 @@ class Step:
         learned: number of tokens in the loss.
         tokens: number of tokens, without padding.
         seconds: wall time.
+        eval_loss: mean loss (nats per completion token) on the hold-out after the update, whose
+            time is not counted; None: it was not evaluated.
     """
 
     step: int
@@ -48,6 +50,7 @@ class Step:
     learned: int
     tokens: int
     seconds: float
+    eval_loss: float | None = None
 
 
 def schedule(step: int, steps: int) -> float:

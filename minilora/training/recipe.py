@@ -1,51 +1,60 @@
 """QLoRA fine-tuning as a recipe: load, quantize, inject, train, evaluate, save."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from minilora.files.adapters import save_adapter
+from minilora.files.text import shown
 from minilora.huggingface.activation_checkpointing import gradient_checkpointing
 from minilora.huggingface.context import check_max_length
 from minilora.huggingface.generation import pad_id
 from minilora.huggingface.loading import load_config, load_dense, pick_device
 from minilora.huggingface.provenance import decide_quantize
+from minilora.reports.planning import Plan, plan
 from minilora.surgery import inject
-from minilora.training.batches import check_step_size, split_hold_out
 from minilora.training.callbacks import run_with, show_progress, write_metrics
 from minilora.training.checkpoint_manager import CheckpointManager
 from minilora.training.config import FinetuneConfig
-from minilora.training.data import encode_records
+from minilora.training.evaluation import HoldOut, check_hold_out, evaluated, timed
+from minilora.training.header import describe_run, describe_time, print_header, where_to_watch
+from minilora.training.hold_out import encode_data, read_data
 from minilora.training.lock import hold_folder
 from minilora.training.loop import make_optimizer, train
-from minilora.training.loss import evaluate
-from minilora.training.progress import quantize_with_progress
-from minilora.training.records import read_records
+from minilora.training.progress import announce, quantize_with_progress
+from minilora.training.report import write_report
 from minilora.training.result import Result
+from minilora.training.run_state import METRICS, RunState
+from minilora.training.samples import Sample, pick_questions
+from minilora.training.tensorboard import find_tensorboard, write_events
 
 
 def finetune(config: FinetuneConfig) -> Result:
     r"""Fine-tunes a causal language model on a file of examples.
 
-    Writes to `config.out`: the adapter (see `save_adapter`), `config.json`, `metrics.jsonl` with
-    one line per step, and `checkpoints/` until the run is finished. A run that was interrupted and
+    Prints what it is going to do, then its progress: a bar on a terminal, lines elsewhere.
+
+    Writes to `config.out`: the adapter (see `save_adapter`), `report.md` with `loss.png` and sample
+    answers, `config.json`, `metrics.jsonl` with one line per step, `tensorboard/` where TensorBoard
+    is installed, and `checkpoints/` until the run is finished. With `eval_every` the adapter is the
+    one with the lowest loss on the hold-out, otherwise the last one. A run that was interrupted and
     resumed, on the same machine and with the same versions, is bit-identical to one that was not.
     As long as it lasts, no other run can start in `config.out`.
 
     Returns:
-        A `Result` with the trained model, its tokenizer, the loss on the hold-out before and after
-        training, and the metrics of every `Step`.
+        A `Result` with the trained model, its tokenizer, the loss on the hold-out and the sample
+        answers before and after training, and the metrics of every `Step`.
 
     Raises:
         ValueError: the config, the data, the model, or the checkpoint to resume from is invalid, or
             `config.out` contains another run. Nothing has been written. Also if an adapter gets no
             gradient in the first step.
         FileNotFoundError: the data or the checkpoint to resume from does not exist.
-        FloatingPointError: a loss or a gradient became NaN or infinite.
+        FloatingPointError: a loss, on the hold-out too, or a gradient became NaN or infinite.
         BlockingIOError: another run is working in `config.out`; the message says which.
         OSError: a file could not be written; the message names it.
         minilora.training.Interrupted: Ctrl-C or SIGTERM, after a checkpoint was saved. It is a
@@ -59,7 +68,10 @@ def finetune(config: FinetuneConfig) -> Result:
         ...     "smollm2", str(data), str(tmp / "a"),
         ...     lr=2e-3, steps=2, batch_size=2, eval_fraction=0.1,
         ... )
-        >>> result = finetune(config)
+        >>> result = finetune(config)  # doctest: +ELLIPSIS
+        loading smollm2
+        ...
+        evaluating the adapter (examples: 1, sample answers: 1)
         >>> result.eval_after < result.eval_before
         True
     """
@@ -71,32 +83,79 @@ def finetune(config: FinetuneConfig) -> Result:
 
 
 def _finetune(config: FinetuneConfig) -> Result:
+    tensorboard = find_tensorboard()
     checkpoints = CheckpointManager(config)
     out = Path(config.out)
     torch.manual_seed(config.seed)
 
     # Load, the data first: it is checked before the model takes its time
-    records = read_records(config.data)
-    model, tokenizer = load_dense(
-        config.model,
-        device=pick_device(config.device),
-        trust_remote_code=config.trust_remote_code,
-    )
+    data, eval_data = read_data(config)
+    model, tokenizer = _load(config)
     pad = pad_id(tokenizer)
-    examples = encode_records(
-        records, tokenizer, config.max_length, learn_prompt=config.learn_prompt
-    )
-    checkpoints.check_examples(examples)
-    training, held_out = split_hold_out(examples, config.eval_fraction, config.seed)
-    check_step_size(len(training), config)
-    measure = partial(evaluate, model, held_out, batch_size=config.batch_size, pad=pad)
+    training, held_out = encode_data(data, eval_data, tokenizer, config)
+    questions = pick_questions(held_out, eval_data or data, config.samples)
+    checkpoints.check_examples(training, held_out)
+    checkpoints.check_questions(questions)
 
     # Quantize
     if config.quantize:
+        announce("quantizing it to 4 bits")
         quantize_with_progress(model)
     checkpoints.check_base(model)
 
     # Inject
+    planned = _inject(model, config)
+    optimizer = make_optimizer(model, config)
+    history = checkpoints.restore(model, optimizer)
+
+    header = describe_run(config, planned, training, held_out)
+    print_header(header | where_to_watch(out, tensorboard))
+
+    # Evaluate the base: a fresh adapter changes nothing
+    hold_out = HoldOut(model, tokenizer, held_out, questions, config.batch_size, pad)
+    seconds = None if checkpoints.resumed else _evaluate_base(hold_out, checkpoints.run)
+    checkpointing = uses_checkpointing(model, config)
+    announce(describe_time(config, training, held_out, history, seconds, checkpointing))
+
+    # Train
+    checkpoints.begin()
+    total = config.steps_for(len(training))
+    steps = train(model, training, config, pad=pad, optimizer=optimizer, done=len(history))
+    callbacks = [
+        show_progress(total, len(history), optimizer, config.log_every),
+        write_metrics(out / METRICS, history),
+        write_events(out, len(history), tensorboard),
+        checkpoints.best.keeping(model),
+        checkpoints.saving(model, optimizer),
+    ]
+    with gradient_checkpointing(model) if checkpointing else nullcontext():
+        history += run_with(callbacks, evaluated(steps, config.eval_every, total, hold_out.loss))
+
+    # Save the best adapter, or the last one
+    checkpoints.best.put_back(model)
+    save_adapter(model, out)
+
+    # Evaluate it, report
+    before, best_step = checkpoints.run.eval_before, checkpoints.best.step
+    after, samples = _evaluate_adapter(hold_out, checkpoints.run, out)
+    result = Result(model, tokenizer, out, before, after, history, samples, best_step)
+    write_report(result, config, header)
+    checkpoints.remove()
+    return result
+
+
+def _load(config: FinetuneConfig) -> tuple[nn.Module, Any]:
+    announce(f"loading {shown(config.model)}")
+    return load_dense(
+        config.model,
+        device=pick_device(config.device),
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _inject(model: nn.Module, config: FinetuneConfig) -> Plan:
+    """Injects the adapters; returns the plan of what that adds, made before."""
+    planned = plan(model, config.r, alpha=config.alpha, targets=config.targets, quantize=False)
     inject(
         model,
         config.r,
@@ -105,34 +164,39 @@ def _finetune(config: FinetuneConfig) -> Result:
         dropout=config.dropout,
         seed=config.seed,
     )
-
-    optimizer = make_optimizer(model, config)
-    history = checkpoints.restore(model, optimizer)
-    checkpoints.begin()
-    if held_out and not checkpoints.resumed:
-        checkpoints.run.eval_before = measure()
-
-    # Train
-    steps = train(model, training, config, pad=pad, optimizer=optimizer, done=len(history))
-    callbacks = [
-        show_progress(config.steps_for(len(training)), len(history), optimizer),
-        write_metrics(out / "metrics.jsonl", history),
-        checkpoints.saving(model, optimizer),
-    ]
-    with _maybe_checkpointing(model, config):
-        history += run_with(callbacks, steps)
-
-    # Save, evaluate
-    save_adapter(model, out)
-    eval_after = measure() if held_out else None
-    checkpoints.remove()
-    return Result(model, tokenizer, out, checkpoints.run.eval_before, eval_after, history)
+    return planned
 
 
-def _maybe_checkpointing(model: nn.Module, config: FinetuneConfig) -> AbstractContextManager[None]:
-    """Gradient checkpointing inside the block, if the config asks for it."""
-    wanted = config.checkpointing
-    if wanted is None:
-        supported = getattr(model, "supports_gradient_checkpointing", False)
-        wanted = bool(config.quantize) and supported
-    return gradient_checkpointing(model) if wanted else nullcontext()
+def _evaluate_base(hold_out: HoldOut, run: RunState) -> float | None:
+    """Adds the loss and the answers before training to the run; returns the loss's seconds.
+
+    None: there is no hold-out.
+    """
+    if not hold_out.examples:
+        return None
+    announce(f"evaluating the base model ({hold_out})")
+    run.answers = hold_out.answers()
+    loss, seconds = timed(hold_out.loss)
+    run.eval_before = check_hold_out(loss, "before training")
+    return seconds
+
+
+def _evaluate_adapter(
+    hold_out: HoldOut, run: RunState, out: Path
+) -> tuple[float | None, list[Sample]]:
+    """Returns the loss after training, and the samples with the answers before and after."""
+    if not hold_out.examples:
+        return None, []
+    announce(f"evaluating the adapter ({hold_out})")
+    answers = zip(hold_out.questions, run.answers, hold_out.answers(), strict=True)
+    samples = [question.answered(before, after) for question, before, after in answers]
+    when = f"after training (the adapter is saved in {shown(out, 1000)}/)"
+    return check_hold_out(hold_out.loss(), when), samples
+
+
+def uses_checkpointing(model: nn.Module, config: FinetuneConfig) -> bool:
+    """Whether gradient checkpointing is on: as the config says, or by default for NF4."""
+    if config.checkpointing is not None:
+        return config.checkpointing
+    supported = getattr(model, "supports_gradient_checkpointing", False)
+    return bool(config.quantize) and bool(supported)

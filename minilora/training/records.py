@@ -73,29 +73,44 @@ def check_record(record: Any, where: str) -> Record:
         ValueError: the record does not have exactly one of the known forms, or a text in it cannot
             be trained on.
     """
-    used = {column for column in COLUMNS if not _is_absent(record.get(column))}
+    used = {column for column in COLUMNS if not is_absent(record.get(column))}
     form = next((form for form in FORMS if used == set(form)), None)
     if form is None:
         raise ValueError(_wrong_form(record, used, where))
 
     if form == ("messages",):
-        for column in UNSUPPORTED:
-            if not _is_absent(record.get(column)):
-                raise ValueError(
-                    f"{where} has {column!r}, which is not supported: write what the model should "
-                    'see of it into the messages, or render the record into {"text": ...}'
-                )
+        check_supported(record, where)
         return {"messages": _check_messages(record["messages"], where)}
     return {column: _check_text(record[column], f"{where}: {column!r}") for column in form}
 
 
-def _is_absent(value: Any) -> bool:
+def check_supported(record: Record, where: str) -> None:
+    """Raises ValueError if a record has a column that would change how it is rendered."""
+    for column in UNSUPPORTED:
+        if not is_absent(record.get(column)):
+            raise ValueError(
+                f"{where} has {column!r}, which is not supported: write what the model should "
+                'see of it into the messages, or render the record into {"text": ...}'
+            )
+
+
+def conversation(record: Record) -> Messages:
+    """Returns the turns of a record that is no text; a prompt and its completion are two."""
+    return record.get("messages") or [
+        {"role": "user", "content": record["prompt"]},
+        {"role": "assistant", "content": record["completion"]},
+    ]
+
+
+def is_absent(value: Any) -> bool:
     """Whether a column says nothing. NaN is how pandas writes a missing value."""
     is_nan = isinstance(value, float) and value != value
     return value is None or is_nan or value in ("", [])
 
 
 def _wrong_form(record: Record, used: set[str], where: str) -> str:
+    if record == {"text": ""}:
+        return f"{where} is empty"
     keys = shown(sorted(map(str, record)))
     if any(used > set(form) for form in FORMS):
         return (
@@ -126,8 +141,8 @@ def _check_characters(text: Any, where: str) -> str:
     half = _SURROGATE.search(text)
     if half:
         raise ValueError(
-            f"{where} has half a character, {shown(half[0])} (a surrogate without its partner), at "
-            f"position {half.start()}: no tokenizer can encode it"
+            f"{where} contains an unpaired surrogate, {shown(half[0])}, at position "
+            f"{half.start()}: no tokenizer can encode it"
         )
     if "\0" in text:
         raise ValueError(f"{where} has a zero character at position {text.index(chr(0))}")
@@ -161,7 +176,7 @@ def _check_turn(message: Any, where: str) -> dict[str, str]:
         raise ValueError(f"{where} is {_type_name(message)}, not an object")
 
     # Templates read further keys, such as tool_calls or reasoning_content, each its own.
-    given = {str(key) for key, value in message.items() if not _is_absent(value)}
+    given = {str(key) for key, value in message.items() if not is_absent(value)}
     others = sorted(given - {"role", "content"})
     if others:
         raise ValueError(

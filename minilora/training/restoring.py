@@ -1,5 +1,6 @@
 """Restoring a checkpoint into a model and an optimizer: everything is checked, then changed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ from minilora.files.adapters import load_adapter
 from minilora.files.tensors import read_tensors
 from minilora.files.text import shown_value
 from minilora.surgery import adapter_parameters
-from minilora.training.checkpoints import OPTIMIZER
+from minilora.training.checkpoints import BEST, OPTIMIZER
+from minilora.training.loop import Step
 from minilora.training.random_state import set_random_states
 from minilora.training.run_state import RUN, RunState
 
@@ -21,7 +23,7 @@ States = dict[int, dict[str, Tensor]]
 
 def restore_checkpoint(
     path: Path, run: RunState, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+) -> list[Tensor]:
     """Restores the adapters, the optimizer's states and all random states.
 
     Model and optimizer may be on another device than they were.
@@ -31,6 +33,9 @@ def restore_checkpoint(
         run: what `read_run` found in it.
         model: the model, with fresh adapters.
         optimizer: an AdamW over the adapters' parameters.
+
+    Returns:
+        The parameters of the best adapter so far; none if the hold-out was not evaluated.
 
     Raises:
         ValueError: the checkpoint does not fit. Nothing has changed.
@@ -49,6 +54,13 @@ def restore_checkpoint(
             f"{path / OPTIMIZER} does not fit this run: {error}. {_way_out(path)}"
         ) from None
 
+    try:
+        best = _read_best(path / BEST, run.history, adapter_parameters(model))
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{path / BEST} does not fit this run: {error}. {_way_out(path)}"
+        ) from None
+
     load_adapter(model, path, allow_zero=True)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
 
@@ -56,6 +68,7 @@ def restore_checkpoint(
     for group, lr in zip(optimizer.param_groups, run.lr, strict=True):
         group["lr"] = lr
     set_random_states(run.random, adapter_parameters(model)[0].device)
+    return best
 
 
 def _way_out(path: Path) -> str:
@@ -74,6 +87,18 @@ def _read_states(path: Path) -> States:
     return dict(sorted(states.items()))
 
 
+def _read_best(path: Path, history: list[Step], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters of the best adapter so far; none if nothing was evaluated."""
+    if all(step.eval_loss is None for step in history):
+        return []
+    tensors, _ = read_tensors(path)
+    if tensors.keys() != {str(index) for index in range(len(parameters))}:
+        raise ValueError(f"it does not hold the {len(parameters)} parameters of the adapters")
+    for index, parameter in enumerate(parameters):
+        _check_values(str(index), tensors[str(index)], parameter)
+    return [tensors[str(index)].clone() for index in range(len(parameters))]
+
+
 def _check_states(states: States, parameters: list[Tensor], steps: int) -> None:
     if unknown := states.keys() - set(range(len(parameters))):
         raise ValueError(f"the run has no parameter {min(unknown)}")
@@ -83,18 +108,18 @@ def _check_states(states: States, parameters: list[Tensor], steps: int) -> None:
         if missing := _NAMES - state.keys():
             raise ValueError(f"parameter {index} has no {', '.join(sorted(missing))}")
         for name in _MOMENTS:
-            _check_moment(f"{index}.{name}", state[name], parameters[index])
+            _check_values(f"{index}.{name}", state[name], parameters[index])
         _check_count(index, state["step"], steps)
         if bool((state["exp_avg_sq"] < 0).any()):
             raise ValueError(f"{index}.exp_avg_sq is negative")
 
 
-def _check_moment(key: str, moment: Tensor, parameter: Tensor) -> None:
-    if moment.shape != parameter.shape:
-        raise ValueError(f"{key} is {list(moment.shape)}, not {list(parameter.shape)}")
-    if moment.dtype != torch.float32:
-        raise ValueError(f"{key} holds {moment.dtype}")
-    if not bool(moment.isfinite().all()):
+def _check_values(key: str, values: Tensor, parameter: Tensor) -> None:
+    if values.shape != parameter.shape:
+        raise ValueError(f"{key} is {list(values.shape)}, not {list(parameter.shape)}")
+    if values.dtype != torch.float32:
+        raise ValueError(f"{key} holds {values.dtype}")
+    if not bool(values.isfinite().all()):
         raise ValueError(f"{key} is not finite")
 
 

@@ -1,21 +1,27 @@
-"""What `finetune` returns, and how it looks: a table, and in a notebook a plot of the loss."""
+"""What `finetune` returns, and how it looks: a table and samples, in a notebook also a plot."""
 
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from minilora.files.text import shown
 from minilora.reports.pictures import plot
 from minilora.reports.tables import Table
 from minilora.training.loop import Step
+from minilora.training.samples import Sample
 
 LOSS = "loss (nats per completion token)"
+
+# Of a prompt or an answer in the printed result. The report has them whole.
+WIDTH = 80
 
 
 @dataclass(repr=False)
 class Result:
-    """The result of a run. It prints as a table; a notebook adds a plot of the training loss.
+    """The result of a run. It prints as a table with the sample answers; a notebook adds a plot.
 
     Attributes:
         model: the trained model.
@@ -25,6 +31,9 @@ class Result:
             hold-out.
         eval_after: the same after training.
         history: the metrics of every step.
+        samples: prompts of the hold-out, with the answers before and after training.
+        best_step: the step after which the loss on the hold-out was lowest, and whose adapter this
+            is; None: the hold-out was not evaluated during training, and this is the last one.
     """
 
     model: nn.Module
@@ -33,6 +42,30 @@ class Result:
     eval_before: float | None
     eval_after: float | None
     history: list[Step] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    best_step: int | None = None
+
+    @property
+    def exact_before(self) -> int:
+        """How many answers before training were exactly the expected ones."""
+        return sum(sample.exact_before for sample in self.samples)
+
+    @property
+    def exact_after(self) -> int:
+        """The same after training."""
+        return sum(sample.exact for sample in self.samples)
+
+    @property
+    def exact(self) -> str:
+        """Both in words."""
+        before, after, n = self.exact_before, self.exact_after, len(self.samples)
+        return f"Exactly as expected: {before} of {n} answers before training, {after} after"
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second of training, without padding and without evaluations."""
+        tokens = sum(step.tokens for step in self.history)
+        return tokens / sum(step.seconds for step in self.history)
 
     def table(self) -> Table:
         """Returns the losses before and after training."""
@@ -42,13 +75,17 @@ class Result:
             before, after = f"{self.eval_before:.3f}", f"{self.eval_after:.3f}"
             rows.append(("hold-out (before, after)", before, after))
 
-        tokens = sum(step.tokens for step in self.history)
-        speed = tokens / sum(step.seconds for step in self.history)
-        title = f"{last.step} steps, {speed:.0f} tokens/s; adapter saved in {self.out}/"
+        kept = f" of step {self.best_step}" if self.best_step is not None else ""
+        title = f"{last.step} steps, {self.speed:.0f} tokens/s; adapter{kept} saved in {self.out}/"
         return Table(title, (LOSS, "start", "end"), tuple(rows))
 
     def __repr__(self) -> str:
-        return str(self.table())
+        lines = [str(self.table())]
+        if self.samples:
+            lines += ["", self.exact]
+        for sample in self.samples:
+            lines += ["", *(f"  {name:<8}  {_short(text)}" for name, text in vars(sample).items())]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         steps = [step.step for step in self.history]
@@ -56,4 +93,21 @@ class Result:
         held_out = {"hold-out, before": self.eval_before, "hold-out, after": self.eval_after}
         levels = {name: value for name, value in held_out.items() if value is not None}
         picture = plot(steps, losses, "step", f"training {LOSS}", line=True, levels=levels)
-        return self.table().html(picture)
+        return self.table().html(picture + self._samples_html())
+
+    def _samples_html(self) -> str:
+        if not self.samples:
+            return ""
+        rows = [_row("th", vars(self.samples[0]).keys())]
+        rows += [_row("td", map(_short, vars(sample).values())) for sample in self.samples]
+        return f"<p>{escape(self.exact)}</p><table>{''.join(rows)}</table>"
+
+
+def _short(text: str) -> str:
+    """A text in one line, without what controls a terminal."""
+    return shown(" ".join(text.split()), WIDTH)
+
+
+def _row(tag: str, cells: Any) -> str:
+    style = 'style="text-align:left;padding:2px 10px"'
+    return f"<tr>{''.join(f'<{tag} {style}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"

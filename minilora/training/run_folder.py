@@ -4,10 +4,15 @@
 |---|---|---|---|
 | checkpoints | is unfinished | only with --overwrite | goes on |
 | an adapter, no checkpoints | is finished | only with --overwrite | has nothing to resume |
-| config.json and metrics.jsonl alone | ended before its first checkpoint | starts | as above |
+| neither, but metrics.jsonl | ended before its first checkpoint | starts | as above |
 
-Nothing is removed but these files, which every run writes. A config.json that is not a run's, as in
-the folder of a model, is never replaced.
+Nothing is removed but these files, config.json, report.md, loss.png, and what runs have written to
+tensorboard/. A config.json that is not a run's, as in the folder of a model, is never replaced.
+
+The adapter is written before the report, so that no error in the report can lose it, and the
+checkpoints are removed last. A run that ended in between is unfinished if it has checkpoints:
+--resume repeats the steps after the last one and writes the report. Without checkpoints it is
+finished, and has no report.
 """
 
 import json
@@ -26,7 +31,9 @@ from minilora.training.checkpoints import (
     remove_checkpoints,
     sweep,
 )
+from minilora.training.report import PICTURE, REPORT
 from minilora.training.run_state import METRICS
+from minilora.training.tensorboard import TENSORBOARD, remove_events
 
 CONFIG = "config.json"
 
@@ -35,15 +42,15 @@ _OPTIONS = {"model", "data", "out"}
 
 
 def check_folder(out: Path) -> None:
-    """Raises ValueError if no run can keep its checkpoints in this folder."""
-    folder = out / FOLDER
-    if folder.is_symlink():
-        raise ValueError(
-            f"{folder} is a symbolic link, and a finished run removes its checkpoints: make {out} "
-            "the link, or remove this one"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: move it, or choose another output folder")
+    """Raises ValueError if no run can keep its checkpoints and its events in this folder."""
+    for folder in (out / FOLDER, out / TENSORBOARD):
+        if folder.is_symlink():
+            raise ValueError(
+                f"{folder} is a symbolic link, and runs remove their files from it: make {out} the "
+                "link, or remove this one"
+            )
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder: move it, or choose another output folder")
 
 
 def check_new(out: Path, overwrite: bool) -> None:
@@ -61,7 +68,7 @@ def check_new(out: Path, overwrite: bool) -> None:
             f"{out} contains the checkpoints of an unfinished run: resume it (--resume, "
             "resume=True), or start over with --overwrite (overwrite=True)"
         )
-    kept = [WEIGHTS] if config.exists() else [WEIGHTS, METRICS]
+    kept = [WEIGHTS] if config.exists() else [WEIGHTS, METRICS, REPORT, PICTURE]
     if found := [name for name in kept if (out / name).exists()]:
         raise ValueError(
             f"{out} contains {found[0]} of a finished run: choose another output folder, or "
@@ -91,6 +98,9 @@ def begin(out: Path, config: Mapping[str, Any], resumed_from: Path | None) -> No
         (out / WEIGHTS).unlink(missing_ok=True)
         (out / ADAPTER_CONFIG).unlink(missing_ok=True)
         remove_checkpoints(out)
+        (out / REPORT).unlink(missing_ok=True)
+        (out / PICTURE).unlink(missing_ok=True)
+        remove_events(out)
     else:
         found = list_checkpoints(out)
         for damaged in found[found.index(resumed_from) + 1 :]:

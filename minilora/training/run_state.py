@@ -21,7 +21,7 @@ from minilora.training.loop import Step
 from minilora.training.random_state import check_random_states, random_states
 
 # Increase it whenever the contents of a checkpoint change. Checkpoints of format 1 have no number.
-FORMAT = 3
+FORMAT = 4
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
@@ -43,6 +43,7 @@ class RunState:
         examples: the `fingerprint` of the data.
         base: the `sha256_of_base` of the model.
         eval_before: loss (nats per completion token) on the hold-out before training.
+        answers: what the model answered to the sample prompts before training.
         history: the metrics of every step so far; `add` adds one.
         lr: the learning rate of each group of parameters at the checkpoint.
         random: the random states at the checkpoint.
@@ -52,6 +53,7 @@ class RunState:
     examples: str = ""
     base: str = ""
     eval_before: float | None = None
+    answers: list[str] = field(default_factory=list)
     history: list[Step] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)
     random: dict[str, Any] = field(default_factory=dict)
@@ -75,6 +77,7 @@ class RunState:
             "examples": self.examples,
             "base": self.base,
             "eval_before": self.eval_before,
+            "answers": self.answers,
             "steps": len(self.history),
             "metrics_bytes": self._bytes,
             "metrics_sha256": self._sha256.hexdigest(),
@@ -111,6 +114,7 @@ def read_run(path: Path, out: Path) -> RunState:
         examples=facts["examples"],
         base=facts["base"],
         eval_before=facts["eval_before"],
+        answers=facts["answers"],
         history=history,
         lr=facts["lr"],
         random=facts["random"],
@@ -140,6 +144,7 @@ def _check_facts(facts: dict[str, Any], folder: str) -> None:
         "examples": _is_sha256(facts.get("examples")),
         "base": _is_sha256(facts.get("base")),
         "eval_before": "eval_before" in facts and _is_loss(facts["eval_before"]),
+        "answers": _are_texts(facts.get("answers")),
         "steps": _is_count(facts.get("steps")) and folder == checkpoint_name(facts["steps"]),
         "metrics_bytes": _is_count(facts.get("metrics_bytes")),
         "metrics_sha256": _is_sha256(facts.get("metrics_sha256")),
@@ -161,8 +166,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_loss(value: Any) -> bool:
-    """Whether it is a loss, or None: there is no hold-out."""
+    """Whether it is a loss on the hold-out, or None: it was not evaluated."""
     return value is None or _is_number(value)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _is_count(value: Any) -> bool:
@@ -223,7 +232,8 @@ def _lines(text: bytes, steps: int) -> Sequence[bytes]:
 def _step(number: int, line: bytes) -> Step:
     values = parse_json(line, f"line {number}")
     step = Step(**values)
-    numbers = [getattr(step, metric.name) for metric in fields(Step)]
-    if step.step != number or not all(map(_is_number, numbers)):
+    always = [getattr(step, m.name) for m in fields(Step) if m.name != "eval_loss"]
+    right = all(map(_is_number, always)) and _is_loss(step.eval_loss)
+    if step.step != number or not right:
         raise ValueError(f"line {number} is {shown_value(values)}")
     return step

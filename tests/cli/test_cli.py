@@ -14,7 +14,7 @@ import typer
 
 import minilora
 from minilora.cli import app, attribute_texts, options_of, parse_targets
-from minilora.training import FinetuneConfig
+from minilora.training import FinetuneConfig, Interrupted
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -81,19 +81,26 @@ def flags(command: str) -> list[str]:
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ("demo", "--out --seed --steps"),
+        ("demo", "task --out --seed --steps"),
         (
             "finetune",
             "--model --data --out --r --alpha --targets --dropout --lr --steps --epochs "
             "--batch-size --grad-accum --max-length --weight-decay --clip --quantize --no-quantize "
-            "--learn-prompt --no-learn-prompt --eval-fraction --seed --device --checkpointing "
-            "--no-checkpointing --save-every --keep --resume --no-resume --overwrite "
-            "--no-overwrite --trust-remote-code --no-trust-remote-code",
+            "--learn-prompt --no-learn-prompt --eval-fraction --eval-data --eval-every --samples "
+            "--seed --device --checkpointing --no-checkpointing --log-every --save-every --keep "
+            "--resume --no-resume --overwrite --no-overwrite --trust-remote-code "
+            "--no-trust-remote-code",
         ),
         (
             "generate",
-            "--model --prompt --adapter --max-new-tokens --quantize --no-quantize --device "
-            "--trust-remote-code --no-trust-remote-code",
+            "--model --prompt --prompts --out --adapter --max-new-tokens --batch-size "
+            "--temperature --top-p --seed --quantize --no-quantize --device --trust-remote-code "
+            "--no-trust-remote-code",
+        ),
+        (
+            "chat",
+            "--model --adapter --system --max-new-tokens --temperature --top-p --seed --quantize "
+            "--no-quantize --device --trust-remote-code --no-trust-remote-code",
         ),
         (
             "merge",
@@ -112,7 +119,7 @@ def test_the_flags_are_frozen(command: str, expected: str) -> None:
 
 
 def test_there_are_no_other_commands() -> None:
-    assert set(COMMANDS) == {"demo", "finetune", "generate", "merge", "plan"}
+    assert set(COMMANDS) == {"demo", "finetune", "generate", "chat", "merge", "plan"}
 
 
 def test_every_field_of_the_config_is_an_option_with_its_text_and_default() -> None:
@@ -191,3 +198,44 @@ def test_the_page_of_the_command_line_is_current() -> None:
     assert command_page.PAGE.read_text() == command_page.render(), (
         "python tests/tools/command_page.py"
     )
+
+
+def test_the_list_of_commands_is_not_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        app(["--help"], prog_name="minilora")
+    printed = capsys.readouterr().out
+    listed = printed.partition("Commands:")[2].strip().splitlines()
+    assert len(listed) == len(COMMANDS) and all(line.endswith(".") for line in listed)
+    assert "..." not in printed.partition("Commands:")[2]
+
+
+@pytest.mark.parametrize("memory", [0, 1_500_000_000])
+def test_the_peak_memory_is_shown_where_it_is_known(
+    memory: int,
+    folder: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("minilora.training.finetune", lambda _: "the result")
+    monkeypatch.setattr("minilora.training.progress.peak_memory", lambda: memory)
+    options = ["--model", str(folder), "--data", str(data), "--out", str(tmp_path / "run")]
+    app(["finetune", *options], standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert ("peak memory: 1.50 GB\n" in printed) == bool(memory)
+    assert ("peak memory" in printed) == bool(memory) and "\nnext steps:\n" in printed
+
+
+@pytest.mark.parametrize("command", ["demo", "finetune"])
+def test_an_interrupted_run_is_one_line_and_the_code_of_its_signal(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise Interrupted(15, "stopped after step 3")
+
+    monkeypatch.setattr("minilora.training.finetune", interrupted)
+    monkeypatch.setattr("minilora.demo.run.run_demo", interrupted)
+    options = ["--model", "m", "--data", "d", "--out", "o"] if command == "finetune" else []
+    assert app([command, *options], standalone_mode=False) == 143
+    assert capsys.readouterr().err == "minilora: stopped after step 3\n"

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from minilora.cli import INTERNAL_ERROR, describe, main
+from minilora.cli import main
+from minilora.reports.errors import INTERNAL_ERROR, describe
 
 START = [sys.executable, "-m", "minilora"]
 
@@ -19,7 +20,7 @@ def run(
 ) -> tuple[Any, str]:
     """Runs `main` in this process; returns the exit code and what is on standard error."""
     monkeypatch.setattr(sys, "argv", ["minilora", *arguments])
-    monkeypatch.setattr("minilora.cli._discard_output", lambda: None)
+    monkeypatch.setattr("minilora.cli.discard_output", lambda: None)
     monkeypatch.setattr("warnings.showwarning", None)
     with pytest.raises(SystemExit) as left:
         main()

@@ -9,6 +9,7 @@ or with one line that names what is wrong, and everything as it was.
 import contextlib
 import functools
 import io
+import json
 import math
 import os
 import random
@@ -37,6 +38,10 @@ VALID: dict[str, list[Any]] = {
     "adapter": [ROOT / name for name in ADAPTERS],
     "data": [ROOT / "data.jsonl"],
     "prompt": ["say yes", "x", "Grüße 👋", "-"],
+    "prompts": [ROOT / "prompts.txt", ROOT / "data.jsonl"],
+    "system": ["be brief"],
+    "temperature": [0.0, 0.7],
+    "top_p": [0.5, 1.0],
     "max_new_tokens": [1, 2, 5],
     "device": ["cpu"],
     "r": [1, 2, 8],
@@ -101,6 +106,10 @@ EXTRA: dict[str, list[str]] = {
         "a/b/c",
         "no/such",
     ],
+    "prompts": [str(ROOT), "/dev/null", str(ROOT / "model" / "model.safetensors")],
+    "system": ["", "a" * 5000, "\u202e\x07"],
+    "temperature": ["1e-9", "1e9"],
+    "top_p": ["2"],
     "adapter": [str(ROOT), str(ROOT / "model"), str(ROOT / "data.jsonl"), "/dev/null"],
     "data": [str(ROOT), "/dev/null", str(ROOT / "model" / "model.safetensors")],
     "out": ["out/", "a/b/out", "full", "file", "file/x", ".", "/dev/null/x", "/proc/x", "link"],
@@ -120,7 +129,10 @@ def commands() -> dict[str, Any]:
 
 
 COMMANDS = commands()
-CHOSEN = ("generate", "generate", "merge", "merge", "plan", "plan", "finetune", "demo")
+CHOSEN = ("generate", "generate", "chat", "merge", "merge", "plan", "plan", "finetune", "demo")
+
+# Options that every case gives, although a command can do without.
+GIVEN = {"out", "steps", "batch_size", "max_new_tokens"}
 
 
 class Line:
@@ -132,10 +144,25 @@ class Line:
         self.options: dict[str, Any] = {}
         self.words: list[list[str]] = []
         self.changed: list[str] = []
+        given, left_out = self.choose()
         for option in COMMANDS[command].params:
-            required = option.required or option.name in ("out", "steps", "batch_size")
-            if required or rng.random() < 0.3:
+            required = option.required or option.name in given
+            if option.name not in left_out and (required or rng.random() < 0.3):
                 self.give(option)
+
+    def choose(self) -> tuple[set[str], set[str]]:
+        """Options that have to be given, and others that may not be given with them."""
+        given, left_out = set(GIVEN), set()
+        if self.command in ("generate", "chat", "merge"):
+            # The base is named, or the adapter names it.
+            chosen, other = self.rng.choice([("model", None), ("adapter", "model")])
+            given.add(chosen)
+            left_out.add(other)
+        if self.command == "generate":
+            chosen, *others = self.rng.choice([("prompt", "prompts", "out"), ("prompts", "prompt")])
+            given.add(chosen)
+            left_out.update(others)
+        return given, left_out
 
     def give(self, option: Any) -> None:
         """Gives an option a valid value, if there is one for it."""
@@ -176,6 +203,9 @@ class Line:
         else:
             self.words.append([name, value])
         self.changed += [name.lstrip("-"), known, value]
+        if known == "system":
+            # It is a part of the prompt.
+            self.changed.append("prompt")
         self.options[known] = None
 
     def missing(self) -> None:
@@ -362,7 +392,8 @@ def base(options: dict[str, Any]) -> Any:
     import minilora
     from minilora.huggingface import load_dense
 
-    model, tokenizer = load_dense(options["model"])
+    # The adapters name this model.
+    model, tokenizer = load_dense(options.get("model", ROOT / "model"))
     adapter = options.get("adapter")
     default = adapter is not None and adapter.name == "on-nf4"
     if options.get("quantize", default):
@@ -373,11 +404,38 @@ def base(options: dict[str, Any]) -> Any:
 
 
 def expect_generate(options: dict[str, Any], ended: Ended, folder: Path) -> tuple[Any, Any]:
+    from minilora.huggingface import generate, generate_batch
+    from minilora.training.prompts import read_prompts
+
+    settings: Any = {"limit": options["max_new_tokens"], "sampling": sampling(options)}
+    if "prompts" not in options:
+        prompt = "say no" if options["prompt"] == "-" else options["prompt"]
+        return generate(*base(options), prompt, **settings) + "\n", ended.out
+
+    written = (folder / "out").read_text() if "out" in options else ended.out
+    prompts = read_prompts(options["prompts"])
+    found = [json.loads(line) for line in written.splitlines()]
+    assert [record["prompt"] for record in found] == prompts
+    settings["batch_size"] = options["batch_size"]
+    expected = generate_batch(*base(options), prompts, **settings)
+    return expected, [record["answer"] for record in found]
+
+
+def sampling(options: dict[str, Any]) -> Any:
+    from minilora.huggingface import Sampling
+
+    names = ("temperature", "top_p", "seed")
+    return Sampling(**{name: options[name] for name in names if name in options})
+
+
+def expect_chat(options: dict[str, Any], ended: Ended, folder: Path) -> tuple[Any, Any]:
     from minilora.huggingface import generate
 
-    prompt = "say no" if options["prompt"] == "-" else options["prompt"]
-    limit = options.get("max_new_tokens", 128)
-    return generate(*base(options), prompt, limit=limit) + "\n", ended.out
+    turns = [{"role": "user", "content": "say no"}]
+    if "system" in options:
+        turns.insert(0, {"role": "system", "content": options["system"]})
+    settings: Any = {"limit": options["max_new_tokens"], "sampling": sampling(options)}
+    return generate(*base(options), turns, **settings) + "\n", ended.out
 
 
 def expect_merge(options: dict[str, Any], ended: Ended, folder: Path) -> tuple[Any, Any]:
@@ -423,6 +481,7 @@ def expect_finetune(options: dict[str, Any], ended: Ended, folder: Path) -> tupl
 
 EXPECT = {
     "generate": expect_generate,
+    "chat": expect_chat,
     "merge": expect_merge,
     "plan": expect_plan,
     "finetune": expect_finetune,

@@ -196,7 +196,8 @@ PLACES: list[Callable[[Path], None]] = [
     shard_outside, shard_is_a_pickle, chat_template, attention_kernel, expert_kernel, quantizer,
     python_files_beside,
 ]  # fmt: skip
-COMMANDS = ("generate", "finetune", "plan", "merge")
+# The last one is generate with an adapter that names the model.
+COMMANDS = ("generate", "finetune", "plan", "merge", "chat", "adapter")
 
 FULL = len(PLACES) * len(COMMANDS)
 SAMPLE, CI = 20, 2
@@ -204,7 +205,8 @@ SAMPLE, CI = 20, 2
 
 def run(seed: int, folder: Path) -> str:
     # Neighbouring seeds are of other places and other commands.
-    place, command = PLACES[seed % len(PLACES)], COMMANDS[(seed + seed // len(PLACES)) % 4]
+    place = PLACES[seed % len(PLACES)]
+    command = COMMANDS[(seed % len(PLACES) + seed // len(PLACES)) % len(COMMANDS)]
     root = tiny_folder.shared()
     model = shutil.copytree(root / "model", folder / "model")
     place(model)
@@ -224,8 +226,11 @@ def minilora(
 ) -> "subprocess.CompletedProcess[str]":
     """Runs a command on a model, with an adapter and data that are not in question."""
     root = tiny_folder.shared()
+    named, prompt = ["--model", str(model)], ["--prompt", "say yes", "--max-new-tokens", "4"]
     options = {
-        "generate": ["--prompt", "say yes", "--max-new-tokens", "4"],
+        "generate": prompt,
+        "chat": ["--max-new-tokens", "4"],
+        "adapter": ["--adapter", str(folder / "adapter"), *prompt],
         "finetune": ["--data", str(root / "data.jsonl"), "--out", str(folder / "out"), "--steps=1"],
         "plan": [],
         "merge": ["--adapter", str(root / "on-dense"), "--out", str(folder / "out")],
@@ -235,9 +240,14 @@ def minilora(
     start = [sys.executable, "-m", "minilora", command]
     answers = folder / "answers"
     answers.write_text("y\n" * 10_000)
+    if command == "chat":
+        answers.write_text("y\ny\n")
+    if command == "adapter":
+        tiny_folder.name_base(shutil.copytree(root / "on-dense", folder / "adapter"), str(model))
+        start, named = [*start[:-1], "generate"], []
     with answers.open() as stdin:
         return subprocess.run(
-            [*start, "--model", str(model), *options[command], *more],
+            [*start, *named, *options[command], *more],
             cwd=model,
             env=environment,
             stdin=stdin,
@@ -261,7 +271,7 @@ def refused(done: "subprocess.CompletedProcess[str]", folder: Path) -> str:
 
 def outcome(command: str, folder: Path, stdout: str) -> Any:
     """What a command printed or wrote, without names of folders and times."""
-    if command == "generate":
+    if command in ("generate", "chat", "adapter"):
         return stdout
     if command == "plan":
         return stdout.partition(": ")[2]

@@ -4,7 +4,9 @@ Bytes of every file; values of run.json and of the manifest, with the hashes of 
 right again; tensors of the optimizer; files that are missing, too many, links, pipes, folders.
 """
 
+import contextlib
 import functools
+import io
 import json
 import os
 import random
@@ -40,7 +42,8 @@ def configure(out: Path, **changes: Any) -> FinetuneConfig:
 def runs() -> tuple[Path, Outcome]:
     """The folder of a run that died in its third step, and what one leaves that did not die."""
     base = inputs()[0].parent
-    whole = outcome_of(configure(base / "whole"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        whole = outcome_of(configure(base / "whole"))
 
     class Died(Exception):  # noqa: N818 - the test's own
         pass
@@ -49,7 +52,7 @@ def runs() -> tuple[Path, Outcome]:
         raise Died
 
     try:
-        with in_step(3, die, accum=1):
+        with in_step(3, die, accum=1), contextlib.redirect_stdout(io.StringIO()):
             finetune(configure(base / "interrupted"))
     except Died:
         return base / "interrupted", whole
@@ -65,7 +68,7 @@ def run(seed: int, folder: Path) -> str:
     HARMS[names[seed % len(names)]](rng, out)
 
     before = snapshot(folder)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         found, error = attempt(lambda: outcome_of(configure(out, resume=True)), [str(out)])
     if error is not None:
@@ -155,6 +158,9 @@ def harmed(rng: random.Random, value: Any, path: tuple[Any, ...] = ()) -> Any:
     if path == ("eval_before",):
         # Another number would be one that a run can have.
         return rng.choice([h for h in HOSTILE if not isinstance(h, int | float) or h is True])
+    if path[:1] == ("answers",) and len(path) > 1:
+        # Another text would be one that a model can say.
+        return rng.choice([h for h in HOSTILE if not isinstance(h, str)])
     return rng.choice(HOSTILE)
 
 
@@ -245,6 +251,30 @@ def the_optimizer(rng: random.Random, out: Path) -> None:
     rehash(path)
 
 
+def the_best_adapter(rng: random.Random, out: Path) -> None:
+    path = out / "checkpoints" / "step-00000002"
+    file = path / "best.safetensors"
+    tensors = {key: t.clone() for key, t in load_file(file).items()}
+    key = rng.choice(sorted(tensors))
+    chance = rng.randrange(7)
+    if chance == 0:
+        del tensors[key]
+    elif chance == 1:
+        tensors[rng.choice(("x", "-1", "99", "", f"{key}.exp_avg"))] = tensors.pop(key)
+    elif chance == 2:
+        tensors[key] = tensors[key].to(rng.choice((torch.int32, torch.float16, torch.float64)))
+    elif chance == 3:
+        tensors[key] = tensors[key][None].repeat(2, *[1] * tensors[key].dim())
+    elif chance == 4:
+        tensors[key] = torch.full_like(tensors[key], rng.choice((float("nan"), float("inf"))))
+    elif chance == 5:
+        tensors["99"] = tensors[key].clone()
+    else:
+        tensors = {}
+    save_file(tensors, file)
+    rehash(path)
+
+
 def the_metrics(rng: random.Random, out: Path) -> None:
     path = out / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
@@ -325,7 +355,7 @@ def the_folder_of_checkpoints(rng: random.Random, out: Path) -> None:
 
 
 def around_it(rng: random.Random, out: Path) -> None:
-    chance = rng.randrange(6)
+    chance = rng.randrange(8)
     lock, outside = out / ".minilora.lock", out.parent / "outside"
     outside.write_text("x")
     if chance == 0:
@@ -338,6 +368,13 @@ def around_it(rng: random.Random, out: Path) -> None:
         lock.mkdir()
     elif chance == 4:
         (out / "config.json").write_text(rng.choice(("", DEEP, "{}", "[]")))
+    elif chance == 5:
+        name = rng.choice(("report.md", "loss.png"))
+        (out / name).write_text(rng.choice(("x", "\x1b[31m")))
+    elif chance == 6:
+        events = out / "tensorboard"
+        shutil.rmtree(events, ignore_errors=True)
+        events.symlink_to(out.parent)
     else:
         (out / "adapter_model.safetensors").write_text("x")
 
@@ -351,6 +388,7 @@ HARMS: dict[str, Harm] = {
         the_random_states,
         the_manifest,
         the_optimizer,
+        the_best_adapter,
         the_metrics,
         a_file_of_a_checkpoint,
         the_folder_of_checkpoints,

@@ -5,6 +5,7 @@ Each case starts processes, and takes longer than one of another family.
 
 import random
 import re
+import tempfile
 from pathlib import Path
 
 from fuzzing import SAME, Wrong
@@ -20,8 +21,9 @@ def task(out: Path, delay: float, **changes: object) -> dict[str, object]:
 
 
 def prepare() -> None:
-    """Starts the server, which takes longer than a case."""
-    server()
+    """Starts the server and waits for its first run, which takes longer than a case."""
+    with tempfile.TemporaryDirectory(prefix="minilora-first-") as folder:
+        server().run(task(Path(folder) / "run", 0))
 
 
 def run(seed: int, folder: Path) -> str:
@@ -32,7 +34,7 @@ def run(seed: int, folder: Path) -> str:
     resume = bool(seed % 2)
     if resume:
         # Stopped by a signal at its middle, counted in calls of the file system.
-        stop = {"signal": 9, "call": rng.randint(90, 120)}
+        stop = {"signal": 9, "call": rng.randint(130, 170)}
         server().run(task(out, 0) | stop)
         resume = any((out / "checkpoints").glob("step-*"))
 

@@ -90,6 +90,7 @@ def test_an_error_leaves_the_model_in_the_mode_it_was_in(
     [
         ("say yes", 0, "max_new_tokens=0"),
         ("", 4, "the prompt is empty"),
+        ("a\udcffb", 4, "unpaired surrogate at position 1: it is not UTF-8 text"),
         ("x" * 2000, 100, "exceeds the model's context of 2048"),
         ("x", 10**9, "exceeds the model's context"),
     ],

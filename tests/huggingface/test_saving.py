@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from minilora.huggingface.saving import check_new_folder, save_model
+from minilora.huggingface.saving import check_new_path, save_model
 
 
 @pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left"), OSError("full")])
@@ -27,7 +27,7 @@ def test_what_exists_and_what_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("nowhere")
     for name in (".", "file", "link"):
         with pytest.raises(ValueError, match="already exists"):
-            check_new_folder(tmp_path / name)
+            check_new_path(tmp_path / name)
     with pytest.raises(NotADirectoryError, match="file is not a folder"):
-        check_new_folder(tmp_path / "file" / "x")
-    assert check_new_folder(str(tmp_path / "a" / "b/")) == tmp_path / "a" / "b"
+        check_new_path(tmp_path / "file" / "x")
+    assert check_new_path(str(tmp_path / "a" / "b/")) == tmp_path / "a" / "b"

@@ -159,7 +159,7 @@ def test_what_agrees_and_what_does_not() -> None:
     assert not agree("a 1 b", "a 2 b") and not agree("a b c", "a b")
 
 
-@pytest.mark.parametrize("page", RUNS)
+@pytest.mark.parametrize("page", [*RUNS, pytest.param(ROOT / "README.md", id="README.md")])
 def test_every_command_and_flag_exists(page: Path) -> None:
     """Even in blocks that do not run here."""
     typer = pytest.importorskip("typer", reason="the commands are typer's")

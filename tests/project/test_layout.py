@@ -312,8 +312,10 @@ SURFACE = {
         "steps: int | None = None, epochs: float = 1.0, batch_size: int = 8, grad_accum: int = 1, "
         "max_length: int = 512, weight_decay: float = 0.0, clip: float = 1.0, "
         "quantize: bool | None = None, learn_prompt: bool = False, eval_fraction: float = 0.05, "
+        "eval_data: str | None = None, eval_every: int = 0, samples: int = 3, "
         "seed: int = 0, device: str | None = None, checkpointing: bool | None = None, "
-        "save_every: int = 100, keep: int = 2, resume: bool = False, overwrite: bool = False, "
+        "log_every: int | None = None, save_every: int = 100, keep: int = 2, "
+        "resume: bool = False, overwrite: bool = False, "
         "trust_remote_code: bool = False) -> None"
     ),
     "LoRA": (

@@ -224,6 +224,64 @@ def tab(chromium: Any, address: str) -> Iterator[Any]:
     page.close()
 
 
+# What a visitor sees of the home page before scrolling: a selector, and a text that it must hold.
+EQUATION = (".what pre", "y = x Wᵀ + (alpha/r) (x Aᵀ) Bᵀ")
+PICTURE = (".what img", "")
+INSTALL = (".install pre", "pip install .")
+SNIPPET = (".snippet .highlight:nth-of-type(1) pre", "minilora.merge(model)")
+OUTPUT = (".snippet .highlight:nth-of-type(2) pre", "step 100")
+WAYS = [
+    (".ways li:nth-child(1)", "Learn"),
+    (".ways li:nth-child(2)", "Fine-tune"),
+    (".ways li:nth-child(3)", "Teach"),
+]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("window", "parts"),
+    [
+        ("laptop", [EQUATION, PICTURE, INSTALL, SNIPPET, OUTPUT, *WAYS]),
+        ("phone", [EQUATION, PICTURE, INSTALL]),
+    ],
+    ids=["laptop", "phone"],
+)
+def test_the_first_screen_shows_what_minilora_is(
+    chromium: Any, address: str, window: str, parts: list[tuple[str, str]], scheme: Any
+) -> None:
+    size = browser.FIRST_SCREEN[window]
+    page = chromium.new_page(viewport=size, color_scheme=scheme)
+    page.goto(address, wait_until="networkidle")
+    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    for selector, text in parts:
+        part = page.locator(f".first-screen {selector}")
+        assert text in part.inner_text() and part.is_visible()
+        box = part.bounding_box()
+        assert box["width"] > 100 and box["height"] > 20, selector
+        assert box["x"] >= 0 and box["x"] + box["width"] <= size["width"], selector
+        assert box["y"] >= 0 and box["y"] + box["height"] <= size["height"], selector
+        # Nothing of it is hidden in a box that scrolls, nor by the header.
+        assert part.evaluate("e => e.scrollWidth <= e.clientWidth || e.tagName == 'IMG'"), selector
+        assert part.evaluate(ON_TOP), selector
+    page.close()
+
+
+# Whether the element, and nothing above it, is what a visitor sees in its corners.
+ON_TOP = """e => {
+  const {left, right, top, bottom} = e.getBoundingClientRect();
+  return [[left + 3, top + 3], [right - 3, bottom - 3]]
+    .every(([x, y]) => e.contains(document.elementFromPoint(x, y)));
+}"""
+
+
+def test_the_three_ways_lead_somewhere(tab: Any) -> None:
+    links = tab.locator(".first-screen .ways li a")
+    ways = [link.get_attribute("href") for link in links.all()]
+    starts = ("source/docs/examples/qlora_from_scratch.py", "tutorials/qlora-from-scratch")
+    assert [way for way in starts if not any(link.startswith(way) for link in ways)] == []
+    assert {"#fine-tune-a-language-model", "teaching/"} <= set(ways)
+
+
 def test_the_search_finds_a_function(tab: Any) -> None:
     tab.locator("[data-md-component=search-query]").click()
     tab.keyboard.type("inject", delay=20)

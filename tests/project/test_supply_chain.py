@@ -1,8 +1,12 @@
-"""What CI runs and installs is pinned: actions by commit, packages by hash."""
+"""What CI runs and installs is pinned, and what publishes a release is held to little.
+
+Actions are pinned by commit, packages by hash. A job that may write runs nothing of ours.
+"""
 
 import re
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,8 +41,56 @@ def test_workflows_may_only_read() -> None:
     for path in WORKFLOWS:
         text = path.read_text()
         assert re.search(r"^permissions:\n  contents: read\n", text, re.M)
-        assert "write" not in text and "secrets." not in text
+        assert "secrets." not in text
         assert text.count("persist-credentials: false") == text.count("actions/checkout@")
+
+
+# What may write: workflow and job -> permissions.
+WRITES = {
+    ("release", "publish"): {"id-token"},
+    ("docs", "deploy"): {"pages", "id-token"},
+}
+
+
+def workflow(path: Path) -> dict[Any, Any]:
+    yaml = pytest.importorskip("yaml", reason="the workflows are YAML")
+    loaded: dict[Any, Any] = yaml.safe_load(path.read_text())
+    return loaded
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_job_that_may_write_runs_nothing_of_ours(path: Path) -> None:
+    # YAML 1.1 reads the key `on` as True.
+    assert {"name", True, "permissions", "jobs"} <= workflow(path).keys()
+    for name, job in workflow(path)["jobs"].items():
+        assert job["runs-on"] == "ubuntu-latest" and 0 < job["timeout-minutes"] <= 60
+        allowed = {kind for kind, value in job.get("permissions", {}).items() if value == "write"}
+        assert allowed == WRITES.get((path.stem, name), set())
+        if allowed:
+            assert job["environment"] and job["needs"]
+            assert all("run" not in step for step in job["steps"])
+            assert not any("checkout" in step["uses"] for step in job["steps"])
+
+
+def test_a_release_is_built_once_and_published_after_it_was_installed() -> None:
+    release = workflow(ROOT / ".github" / "workflows" / "release.yml")
+    assert release[True] == {"push": {"tags": ["v*"]}}
+    jobs = release["jobs"]
+    assert (jobs["install"]["needs"], jobs["publish"]["needs"]) == ("build", "install")
+    assert jobs["install"]["strategy"]["matrix"]["python"] == ["3.10", "3.13"]
+
+    runs = {name: [s["run"] for s in job["steps"] if "run" in s] for name, job in jobs.items()}
+    same_version, build = runs["build"]
+    assert "GITHUB_REF_NAME" in same_version and build == "make dist LOCKED=1"
+    assert runs["install"] == ["python tests/tools/clean_install.py dist python"]
+    assert not runs["publish"]
+
+
+def test_ci_tests_the_oldest_python_that_is_supported() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    oldest = re.search(r'requires-python = ">=([\d.]+)"', project)
+    ci = workflow(ROOT / ".github" / "workflows" / "ci.yml")
+    assert oldest and ci["jobs"]["test"]["strategy"]["matrix"]["python"][0] == oldest[1]
 
 
 def names_in(lock: str) -> set[str]:
@@ -88,7 +140,8 @@ def test_the_demo_installs_what_the_error_message_names() -> None:
 
 
 def test_ci_installs_what_is_locked() -> None:
-    assert "export LOCKED=1" in (ROOT / ".ci" / "run").read_text()
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "export LOCKED=1" in ci and "make package" in ci
     makefile = (ROOT / "Makefile").read_text()
     assert makefile.count("--require-hashes -r requirements/dev.txt") >= 1
     assert makefile.count("--require-hashes -r requirements/demo.txt") == 1

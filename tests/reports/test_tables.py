@@ -44,3 +44,13 @@ def test_layers_are_grouped_by_the_end_of_their_names_and_by_size() -> None:
         ("down", "8 x 4"): [down],
         ("up", "16 x 4"): [wide],
     }
+
+
+def test_a_table_as_markdown_keeps_its_columns() -> None:
+    table = Table("two", ("name", "size"), (("a|b", "1"), ("c", "20")))
+    assert table.markdown().splitlines() == [
+        "| name | size |",
+        "|---|---:|",
+        r"| a\|b | 1 |",
+        "| c | 20 |",
+    ]

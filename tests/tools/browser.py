@@ -2,7 +2,8 @@
 
     python tests/tools/browser.py FOLDER
 
-takes a screenshot of every page: on a desktop, light and dark, and on a phone.
+takes a screenshot of every page: on a desktop, light and dark, and on a phone; and of what the home
+page shows before it is scrolled.
 """
 
 import os
@@ -27,6 +28,12 @@ QUIET = (
 )
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 360, "height": 740}
+
+# The windows in which the home page has to show what minilora is.
+FIRST_SCREEN = {
+    "laptop": {"width": 1440, "height": 900},
+    "phone": {"width": 390, "height": 844},
+}
 
 
 def pages() -> list[str]:
@@ -89,6 +96,12 @@ def main(folder: Path, only: str = "") -> None:
                 name = path.strip("/").replace("/", "-") or "home"
                 page.screenshot(path=folder / f"{name}-{kind}.png", full_page=True)
             page.close()
+        for window, size in FIRST_SCREEN.items():
+            for scheme in ("light", "dark"):
+                page = browser.new_page(viewport=size, color_scheme=scheme)
+                page.goto(address)
+                page.screenshot(path=folder / f"first-screen-{window}-{scheme}.png")
+                page.close()
 
 
 if __name__ == "__main__":

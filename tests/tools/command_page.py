@@ -15,14 +15,14 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "command-lin
 INTRODUCTION = """\
 # The command line
 
-`minilora COMMAND --help` prints the same texts. `python -m minilora` is the same command. An error
-is one line on standard error, which says what to do; `minilora --debug COMMAND ...` shows its
-traceback as well. Notes and warnings are one line each and begin with `minilora: note:` or
-`minilora: warning:`. Source: [cli.py](../../minilora/cli.py). The options of `finetune` are the
-fields of [FinetuneConfig](../../minilora/training/config.py).
+`minilora COMMAND --help` prints the same texts, `minilora --version` the version. `python -m
+minilora` is the same command. An error is one line on standard error, which says what to do;
+`minilora --debug COMMAND ...` shows its traceback as well. Notes and warnings are one line each and
+begin with `minilora: note:` or `minilora: warning:`. Source: [cli.py](../../minilora/cli.py). The
+options of `finetune` are the fields of [FinetuneConfig](../../minilora/training/config.py).
 
 No command runs code that comes with a model, unless `--trust-remote-code` allows it, and none asks
-a question on standard input.
+a question on standard input; `chat` reads messages there.
 """
 
 EXIT_CODES = """

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from minilora.training import FinetuneConfig, Interrupted, finetune, loop, recipe
+from minilora.training import FinetuneConfig, Interrupted, Sample, finetune, loop, recipe
 from minilora.training.random_state import random_states
+
+# What a finished run leaves in its folder.
+FINISHED = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    *(["loss.png"] if find_spec("matplotlib") else []),
+    "metrics.jsonl",
+    "report.md",
+    *(["tensorboard"] if find_spec("tensorboard") else []),
+]
 
 
 @dataclass
@@ -24,7 +36,8 @@ class Outcome:
 
     history: list[dict[str, Any]]
     metrics: list[dict[str, Any]]
-    evaluated: tuple[float | None, float | None]
+    evaluated: tuple[float | None, float | None, int | None]
+    samples: list[Sample]
     adapter: dict[str, Tensor]
     optimizer: dict[str, Any]
     randomness: dict[str, Any]
@@ -34,6 +47,7 @@ class Outcome:
             self.history == other.history
             and self.metrics == other.metrics
             and self.evaluated == other.evaluated
+            and self.samples == other.samples
             and same_tensors(self.adapter, other.adapter)
             and self.optimizer["param_groups"] == other.optimizer["param_groups"]
             and self.optimizer["state"].keys() == other.optimizer["state"].keys()
@@ -77,7 +91,8 @@ def run(config: FinetuneConfig) -> Outcome:
     return Outcome(
         history=without_seconds([vars(step) for step in result.history]),
         metrics=without_seconds([json.loads(line) for line in lines]),
-        evaluated=(result.eval_before, result.eval_after),
+        evaluated=(result.eval_before, result.eval_after, result.best_step),
+        samples=result.samples,
         adapter={
             n: p.detach().clone() for n, p in result.model.named_parameters() if p.requires_grad
         },

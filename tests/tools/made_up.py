@@ -19,6 +19,7 @@ def random_examples(lengths: list[int], vocabulary: int = 128) -> list[Example]:
 
 
 def made_up_step(step: int, **metrics: float) -> Step:
-    """A step with the given metrics; all others, whatever they are, are 1."""
-    values = {field.name: 1 for field in dataclasses.fields(Step)}
+    """A step with the given metrics; all others that a step always has are 1."""
+    always = [f.name for f in dataclasses.fields(Step) if f.default is dataclasses.MISSING]
+    values = dict.fromkeys(always, 1)
     return Step(**(values | {"step": step} | metrics))  # type: ignore[arg-type]

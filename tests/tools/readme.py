@@ -1,4 +1,4 @@
-"""Writes what the README takes from elsewhere: its badges and the sizes of files.
+"""Writes what pages take from elsewhere: the README's badges, the reading order's line counts.
 
     python tests/tools/readme.py
 
@@ -19,6 +19,7 @@ except ModuleNotFoundError:
 
 ROOT = sizes.ROOT
 README = ROOT / "README.md"
+READING_ORDER = ROOT / "docs" / "reading-order.md"
 FOLDER = ROOT / "docs" / "badges"
 GREY, BLUE, GREEN, ORANGE = "#555", "#2b6cb0", "#2f855a", "#b7791f"
 
@@ -67,10 +68,10 @@ def badge(name: str, text: str, colour: str) -> str:
 
 
 def counted(text: str) -> str:
-    """The README with today's line counts, in its tables and in its sentence on the core."""
+    """The reading order with today's line counts, in its tables and in its sentence on the core."""
 
     def row(found: re.Match[str]) -> str:
-        return f"{found[1]}{lines(ROOT / found[2]):,}"
+        return f"{found[1]}{lines(READING_ORDER.parent / found[2]):,}"
 
     text = re.sub(r"(\]\(([\w/.]+)\) \| )[\d,]+(?= \|)", row, text)
     core = sizes.core_files()
@@ -79,7 +80,7 @@ def counted(text: str) -> str:
     return re.sub(CORE_SENTENCE, sentence, text)
 
 
-# How the README states the size of the core.
+# How the reading order states the size of the core.
 CORE_SENTENCE = re.compile(r"\d+ files and [\d,]+ lines, [\d,]+ of them code")
 
 
@@ -89,7 +90,7 @@ def lines(path: Path) -> int:
 
 
 def main() -> None:
-    README.write_text(counted(README.read_text()))
+    READING_ORDER.write_text(counted(READING_ORDER.read_text()))
     FOLDER.mkdir(exist_ok=True)
     for name, svg in badges().items():
         (FOLDER / name).write_text(svg)

@@ -4,6 +4,7 @@ Made without pytest, for the fuzz families and for processes of their own.
 """
 
 import functools
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from byte_level import CHATML, byte_tokenizer
 
 import minilora
 from minilora.files.adapter_folder import WEIGHTS
+from minilora.files.peft_config import CONFIG
 from minilora.files.tensors import read_tensors, write_tensors
 
 SIZES = {
@@ -31,7 +33,7 @@ SIZES = {
 NF4 = {"quant_type": "nf4", "block_size": 64, "double_quant": True}
 
 
-def make_model_folder(path: Path, *, shards: bool = False) -> Path:
+def make_model_folder(path: Path, *, shards: bool = False, context: int = 512) -> Path:
     """Writes the model; with `shards`, as several files and an index."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -39,7 +41,7 @@ def make_model_folder(path: Path, *, shards: bool = False) -> Path:
     config = LlamaConfig(
         **SIZES,
         vocab_size=258,
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         tie_word_embeddings=True,
         initializer_range=0.2,
         bos_token_id=257,
@@ -78,9 +80,24 @@ def make_adapter(model_folder: Path, path: Path, base: Any, seed: int = 1) -> Pa
     return path
 
 
+def name_base(adapter: Path, base: Any) -> Path:
+    """Edits an adapter's config so that it names this base; ...: no base.
+
+    Its files are then like PEFT's, without hashes and without minilora's records.
+    """
+    path = adapter / CONFIG
+    config = {**json.loads(path.read_text()), "base_model_name_or_path": base}
+    if base is ...:
+        del config["base_model_name_or_path"]
+    path.write_text(json.dumps(config))
+    tensors, _ = read_tensors(adapter / WEIGHTS)
+    write_tensors(adapter / WEIGHTS, tensors, {})
+    return adapter
+
+
 @functools.cache
 def shared() -> Path:
-    """A folder, made once per process: "model", "shards", the adapters, "data.jsonl"."""
+    """A folder, made once per process: "model", "shards", adapters, "data.jsonl", "prompts.txt"."""
     keep = tempfile.TemporaryDirectory(prefix="minilora-tiny-")
     _KEPT.append(keep)
     root = Path(keep.name)
@@ -93,6 +110,7 @@ def shared() -> Path:
     words = ("yes", "no", "perhaps", "later")
     text = "".join(line % (word, word.upper()) for word in 3 * words)
     (root / "data.jsonl").write_text(text)
+    (root / "prompts.txt").write_text("say yes\n\nsay no, please\n")
     return root
 
 

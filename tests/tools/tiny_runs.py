@@ -8,6 +8,7 @@ a process with threads must not be forked.
 import atexit
 import contextlib
 import functools
+import importlib
 import json
 import os
 import resource
@@ -37,6 +38,7 @@ SETTINGS: dict[str, Any] = {
     "targets": ["q_proj", "up_proj"],
     # Kernels would be compiled again in every child.
     "quantize": False,
+    "eval_every": 2,
     "save_every": 1,
 }
 
@@ -127,7 +129,8 @@ def server() -> Server:
     return Server()
 
 
-def serve() -> None:
+def import_everything() -> None:
+    """What each child would import."""
     import accelerate
     import torch._dynamo
     import tqdm
@@ -137,6 +140,13 @@ def serve() -> None:
     import minilora.training  # noqa: F401
 
     del accelerate, torch, tqdm, transformers
+    for name in ("matplotlib.figure", "matplotlib.backends.backend_agg", "tensorboard.summary"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def serve() -> None:
+    import_everything()
     for line in sys.stdin:
         children = [start(task) for task in json.loads(line)]
         print(json.dumps([finish(*child) for child in children]), flush=True)

@@ -42,6 +42,7 @@ RESUMABLE: dict[str, Any] = {
     "grad_accum": 2,
     "dropout": 0.1,
     "r": 4,
+    "eval_every": 2,
     "save_every": 0,
 }
 

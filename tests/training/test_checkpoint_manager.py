@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from interrupted import Outcome, contents, in_step, interrupt, run
+from interrupted import FINISHED, Outcome, contents, in_step, interrupt, run
 from made_up import made_up_step
 from torch import Tensor
 
@@ -127,6 +127,7 @@ def test_a_checkpoint_is_an_adapter_and_json_and_nothing_pickled(
     assert sorted(p.name for p in path.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "best.safetensors",
         "manifest.json",
         "optimizer.safetensors",
         "run.json",
@@ -141,12 +142,7 @@ def test_the_last_ones_are_kept_and_none_when_the_run_is_finished(resumable: Con
     names = [p.name for p in list_checkpoints(out)]
     assert names == ["step-00000002", "step-00000003", "step-00000004"]
     finetune(resumable(save_every=1, resume=True))
-    assert sorted(p.name for p in out.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "config.json",
-        "metrics.jsonl",
-    ]
+    assert sorted(p.name for p in out.iterdir()) == FINISHED
 
 
 def cut(path: Path) -> None:
@@ -208,7 +204,7 @@ def test_a_run_that_cannot_save_stops_with_the_reason(
     write, steps = checkpoints.write_tensors, [0]
 
     def full(path: Path, *rest: Any) -> None:
-        steps[0] += 1
+        steps[0] += path.name == "optimizer.safetensors"
         if steps[0] == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, *rest)
@@ -240,6 +236,8 @@ CHANGES: dict[str, Any] = {
     "alpha": 3.0,
     "epochs": 2.0,
     "model": "another",
+    "eval_every": 3,
+    "samples": 1,
 }
 
 
@@ -362,6 +360,9 @@ def test_a_checkpoint_takes_as_much_space_after_many_steps_as_after_one(tmp_path
         (lambda f: f.update(lr=[1e-3] * 3), "learning rates for 3 groups"),
         (lambda f: f.update(steps=7), "steps is 7"),
         (lambda f: f.pop("eval_before"), "eval_before is missing"),
+        (lambda f: f.pop("answers"), "answers is missing"),
+        (lambda f: f.update(answers=["YES", 3]), r"answers is \['YES', 3\]"),
+        (lambda f: f.update(answers=["YES"]), "step-00000002 has 1 answers to 3 sample prompts"),
         (lambda f: f.update(format="3"), "newer version"),
         (lambda f: f["random"].update(torch="00"), "the state of torch is not one"),
         (lambda f: f["random"]["numpy"]["state"].update(pos=625), "the state of numpy is not one"),

@@ -29,6 +29,7 @@ def test_a_config_out_of_range_is_refused(change: dict[str, Any], message: str) 
 
 NAN, INFINITE = float("nan"), float("inf")
 WHOLE = ("r", "steps", "batch_size", "grad_accum", "max_length", "seed", "save_every", "keep")
+WHOLE += ("eval_every", "samples", "log_every")
 REAL = ("alpha", "dropout", "lr", "epochs", "weight_decay", "clip", "eval_fraction")
 FLAGS = ("quantize", "learn_prompt", "checkpointing", "resume", "overwrite", "trust_remote_code")
 WRONG = {
@@ -36,6 +37,7 @@ WRONG = {
     **{name: ("1", True, [1.0], NAN, INFINITE, -INFINITE, -1.0, 1e300) for name in REAL},
     **{name: ("yes", 1, 0, []) for name in FLAGS},
     **{name: ("", " ", "a\0b", None, 3, Path("x")) for name in ("model", "data", "out")},
+    "eval_data": ("", " ", "a\0b", 3, Path("x")),
     "targets": ("", [], [""], [3], 3, None),
     "device": (3, True),
 }
@@ -57,6 +59,7 @@ def test_every_setting_is_among_them() -> None:
     ("change", "message"),
     [
         ({"batch_size": 60_000, "grad_accum": 60_000}, "batch_size=60000 times grad_accum=60000"),
+        ({"eval_every": 5, "eval_fraction": 0.0}, "eval_every=5 and eval_fraction=0 contradict"),
         ({"resume": True, "overwrite": True}, "resume and overwrite contradict"),
     ],
 )

@@ -90,7 +90,8 @@ def step(model, optimizer):
 def save(model, optimizer, steps):
     history = [Step(**dict.fromkeys(Step.__dataclass_fields__, i + 1)) for i in range(steps)]
     (folder / "metrics.jsonl").write_text(to_jsonl(history))
-    save_checkpoint(folder, RunState({}, history=history), model, optimizer, keep=2)
+    best = [p.detach().clone() for p in minilora.adapter_parameters(model)]
+    save_checkpoint(folder, RunState({}, history=history), model, optimizer, keep=2, best=best)
 
 
 def bits(model, optimizer):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted import FINISHED
 from torch import nn
 
 import minilora
@@ -32,12 +33,7 @@ def test_a_run_learns_and_its_adapter_gives_the_same_model(
     result = finetune(configure(steps=30, batch_size=4))
     assert result.eval_before is not None and result.eval_after is not None
     assert result.eval_after < 0.5 * result.eval_before
-    assert sorted(p.name for p in result.out.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "config.json",
-        "metrics.jsonl",
-    ]
+    assert sorted(p.name for p in result.out.iterdir()) == FINISHED
     lines = (result.out / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [vars(step) for step in result.history]
     assert json.loads((result.out / "config.json").read_text())["steps"] == 30

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minilora.training import FinetuneConfig, finetune, recipe
+from minilora.training import FinetuneConfig, finetune, hold_out, recipe
 
 Configure = Callable[..., FinetuneConfig]
 
@@ -30,7 +30,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     ("name", "content", "message"),
     [
         ("d.jsonl", '{"text": "a", "prompt": "b"}', r"d\.jsonl:1 is ambiguous"),
-        ("d.jsonl", '{"text": "\\ud800"}', r"d\.jsonl:1: 'text' has half a character"),
+        ("d.jsonl", '{"text": "\\ud800"}', r"d\.jsonl:1: 'text' contains an unpaired surrogate"),
         ("d.csv", "question,answer\na,b\n", r"d\.csv:2 has the keys \['answer', 'question'\]"),
         ("d.xlsx", "prompt", r"d\.xlsx is of no known format"),
     ],
@@ -47,8 +47,8 @@ def test_the_data_is_checked_before_the_model_is_loaded(
 
 def test_the_data_is_read_once(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    read = recipe.read_records
-    monkeypatch.setattr(recipe, "read_records", lambda path: calls.append(path) or read(path))
+    read = hold_out.read_records
+    monkeypatch.setattr(hold_out, "read_records", lambda path: calls.append(path) or read(path))
     finetune(configure(steps=1, batch_size=2))
     assert len(calls) == 1
 

@@ -72,7 +72,7 @@ def test_a_record_of_two_forms_is_ambiguous(record: dict[str, Any], which: str) 
         ({"text": True}, "'text' is a truth value, not a text"),
         ({"text": ["a"]}, "'text' is a list, not a text"),
         ({"text": " \n\t\u3000"}, "'text' holds only white space"),
-        ({"text": "a\ud800b"}, r"'text' has half a character, \\ud800 .* at position 1"),
+        ({"text": "a\ud800b"}, r"'text' contains an unpaired surrogate, \\ud800, at position 1"),
         ({"text": "a\0b"}, "'text' has a zero character at position 1"),
         (PAIR | {"completion": " "}, "'completion' holds only white space"),
         (PAIR | {"prompt": [{"role": "user", "content": "a"}]}, "'prompt' is a list, not a text"),
@@ -107,7 +107,7 @@ def test_a_record_of_two_forms_is_ambiguous(record: dict[str, Any], which: str) 
         ),
         (said(" "), "turn 2: the assistant says nothing"),
         (said([{"type": "text", "text": " "}]), "turn 2: the assistant says nothing"),
-        (said("\udfff"), r"turn 2: 'content' has half a character, \\udfff"),
+        (said("\udfff"), r"turn 2: 'content' contains an unpaired surrogate, \\udfff"),
         (turns({"role": "user", "content": "a"}), "d:1: the assistant says nothing"),
         (turns({"role": "assistant", "content": "a"}), "d:1: turn 1 is the assistant's"),
     ],
@@ -175,4 +175,11 @@ def test_the_first_record_that_is_wrong_is_named_with_its_line(tmp_path: Path) -
 def test_a_file_without_records_is_empty(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"{name} is empty"):
+        read_records(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "empty.md"])
+def test_an_empty_text_file_is_called_empty(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"{name} is empty$"):
         read_records(tmp_path / name)

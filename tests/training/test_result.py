@@ -7,6 +7,7 @@ from markup import parse
 from torch import nn
 
 from minilora.training.result import Result
+from minilora.training.samples import Sample
 
 
 def result(losses: list[float], before: float | None = None, after: float | None = None) -> Result:
@@ -33,3 +34,25 @@ def test_a_result_prints_its_losses_and_draws_each_step() -> None:
 def test_without_a_hold_out_a_result_shows_the_training_alone() -> None:
     assert "hold-out" not in str(result([1.0]))
     assert parse(result([1.0])._repr_html_()) is not None
+
+
+def test_a_result_shows_the_samples_in_short_and_safe() -> None:
+    shown = result([4.0])
+    shown.samples = [
+        Sample("2 + 2?", "4", "I\x1b[2J think\nso " + 99 * "x", "4"),
+        Sample("<b>1?", "1", "1", "2"),
+    ]
+    lines = str(shown).splitlines()
+    assert "Exactly as expected: 1 of 2 answers before training, 1 after" in lines
+    assert "  expected  4" in lines and "  after     2" in lines
+    (before,) = (line for line in lines if line.startswith("  before    I"))
+    assert before.startswith("  before    I\\x1b[2J think so xxx") and before.endswith("...")
+
+    cells = [cell.text for cell in parse(shown._repr_html_()).iter("td")]
+    assert cells[-4:] == ["<b>1?", "1", "1", "2"]
+
+
+def test_a_result_names_the_step_whose_adapter_was_kept() -> None:
+    shown = result([4.0, 3.0], 3.5, 3.0)
+    shown.best_step = 1
+    assert str(shown).splitlines()[0].endswith("; adapter of step 1 saved in run/")

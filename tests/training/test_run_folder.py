@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from interrupted import Outcome, contents, interrupt, run
+from interrupted import FINISHED, Outcome, contents, interrupt, run
 
-from minilora.training import FinetuneConfig, checkpoints, finetune
+from minilora.training import FinetuneConfig, checkpoints, finetune, recipe
 from minilora.training.checkpoints import list_checkpoints, remove_checkpoints
 
 Configure = Callable[..., FinetuneConfig]
-
-FINISHED = ["adapter_config.json", "adapter_model.safetensors", "config.json", "metrics.jsonl"]
 
 
 def names(config: FinetuneConfig) -> list[str]:
@@ -32,7 +30,7 @@ def test_a_finished_run_is_replaced_only_if_asked(resumable: Configure) -> None:
         finetune(resumable())
     assert contents(notes.parent) == before
     assert len(finetune(resumable(steps=2, overwrite=True)).history) == 2
-    assert names(resumable()) == [*FINISHED, "notes.txt"]
+    assert names(resumable()) == sorted([*FINISHED, "notes.txt"])
 
 
 def test_an_unfinished_run_is_replaced_if_asked(
@@ -142,6 +140,31 @@ def test_a_kill_while_the_last_checkpoints_are_removed_leaves_a_finished_run(
     assert names(resumable()) == FINISHED
 
 
+@pytest.mark.parametrize("save_every", [0, 2])
+def test_a_kill_between_the_adapter_and_the_report_leaves_a_run_to_resume_if_it_has_checkpoints(
+    save_every: int, resumable: Configure, uninterrupted: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(recipe, "write_report", dies)
+        finetune(resumable(save_every=save_every))
+    left = {path.name for path in Path(resumable().out).iterdir()}
+    assert "adapter_model.safetensors" in left and "report.md" not in left
+
+    if save_every == 0:
+        with pytest.raises(ValueError, match="of a finished run"):
+            finetune(resumable())
+        with pytest.raises(FileNotFoundError, match="a finished run keeps none"):
+            finetune(resumable(resume=True))
+    else:
+        with pytest.raises(ValueError, match="checkpoints of an unfinished run"):
+            finetune(resumable(save_every=save_every))
+        resumed = run(resumable(save_every=save_every, resume=True))
+        assert resumed.agrees(uninterrupted) and names(resumable()) == FINISHED
+
+
 def test_a_file_that_is_not_a_checkpoint_stays(resumable: Configure) -> None:
     interrupt(resumable(), 2)
     mine = Path(resumable().out) / "checkpoints" / "notes.txt"
@@ -153,3 +176,50 @@ def test_a_file_that_is_not_a_checkpoint_stays(resumable: Configure) -> None:
 def test_what_is_written_says_whether_the_base_was_quantized(resumable: Configure) -> None:
     finetune(resumable(steps=1))
     assert json.loads((Path(resumable().out) / "config.json").read_text())["quantize"] is True
+
+
+@pytest.mark.parametrize("name", ["report.md", "loss.png"])
+def test_a_file_that_no_run_has_written_is_replaced_only_if_asked(
+    name: str, resumable: Configure
+) -> None:
+    out = Path(resumable().out)
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"contains {name} of a finished run: .*--overwrite"):
+        finetune(resumable())
+    assert (out / name).read_text() == "mine"
+
+
+def test_a_new_run_removes_the_report_and_the_events_of_the_run_before(
+    resumable: Configure, tmp_path: Path
+) -> None:
+    """Before its first step: what is left never describes another run than the adapter is of."""
+    finetune(resumable(steps=1))
+    out = Path(resumable().out)
+    events = out / "tensorboard"
+    events.mkdir(exist_ok=True)
+    (events / "events.out.tfevents.1.other.2.minilora").write_text("x")
+    (events / "notes.txt").write_text("mine")
+    interrupt(resumable(overwrite=True), 1)
+    assert not (out / "report.md").exists() and not (out / "loss.png").exists()
+    assert "events.out.tfevents.1.other.2.minilora" not in {path.name for path in events.iterdir()}
+    assert (events / "notes.txt").read_text() == "mine"
+
+
+def test_a_link_in_the_place_of_the_events_is_refused(resumable: Configure, tmp_path: Path) -> None:
+    out = Path(resumable().out)
+    out.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (out / "tensorboard").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="tensorboard is a symbolic link"):
+        finetune(resumable())
+
+
+def test_a_new_run_leaves_the_event_files_of_other_programs(resumable: Configure) -> None:
+    events = Path(resumable().out) / "tensorboard"
+    events.mkdir(parents=True)
+    mine = events / "events.out.tfevents.1.other.2"
+    mine.write_text("mine")
+    finetune(resumable(steps=1))
+    finetune(resumable(steps=1, overwrite=True))
+    assert mine.read_text() == "mine"
