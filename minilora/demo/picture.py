@@ -31,7 +31,8 @@ def draw(report: Report, path: Path) -> None:
     figure = Figure(figsize=(10, 4), dpi=150, layout="constrained")
     figure.suptitle(report.task.title, x=0.01, ha="left", fontweight="bold")
     left, right = figure.subplots(1, 2)
-    draw_losses(left, report.history, eval_before=report.nf4_loss, eval_after=report.tuned_loss)
+    result = report.result
+    draw_losses(left, result.history, eval_before=result.eval_before, eval_after=result.eval_after)
     draw_answers(right, report)
     with atomic_files(path) as (temporary,), warnings.catch_warnings():
         # An answer may be in any script; the font draws a box for what it lacks.
@@ -48,8 +49,8 @@ def draw_answers(axes: "Axes", report: Report) -> None:
         style = {"fontsize": 9, "va": "top", "parse_math": False, **style}
         axes.text(x, next(heights), text, **style)
 
-    count = len(report.samples)
-    scores = f"{report.exact_before} of {count} before, {report.exact_after} of {count} after"
+    result, count = report.result, len(report.result.samples)
+    scores = f"{result.exact_before} of {count} before, {result.exact_after} of {count} after"
     write(f"exactly right: {scores}", fontsize=11, fontweight="bold")
     write(f"held out: {shortened(report.task.held_out_are, 80)}", color="0.4")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from minilora.demo.tasks import Task
 from minilora.files.text import shown
 from minilora.reports.formatting import format_bytes
-from minilora.training.loop import Step
+from minilora.training.result import Result
 from minilora.training.samples import Sample
 
 # How many answers are shown, and how many wrong ones beside them.
@@ -19,49 +19,33 @@ class Report:
 
     Attributes:
         task: the task.
-        samples: answers before and after training.
+        result: that of the run: losses and answers before (the base in NF4) and after training.
         base_loss: loss (nats per completion token) of the unquantized base.
-        nf4_loss: the same of the base in NF4.
-        tuned_loss: the same after training.
         merged_loss: the same after merging into dense weights.
         reload_error: largest difference of a logit after loading the adapter into a fresh model.
         adapter_bytes: size of the adapter's file.
         base_bytes: size of the unquantized base.
-        history: the metrics of every step.
         peak: peak memory of the process in bytes; 0: not known.
     """
 
     task: Task
-    samples: list[Sample]
+    result: Result
     base_loss: float
-    nf4_loss: float
-    tuned_loss: float
     merged_loss: float
     reload_error: float
     adapter_bytes: int
     base_bytes: int
-    history: list[Step]
     peak: int
-
-    @property
-    def exact_before(self) -> int:
-        """How many answers before training were exactly right."""
-        return sum(sample.exact_before for sample in self.samples)
-
-    @property
-    def exact_after(self) -> int:
-        """The same after training."""
-        return sum(sample.exact for sample in self.samples)
 
     @property
     def right(self) -> list[Sample]:
         """A few of those that are answered right after training."""
-        return [sample for sample in self.samples if sample.exact][:SHOWN]
+        return [sample for sample in self.result.samples if sample.exact][:SHOWN]
 
     @property
     def wrong(self) -> list[Sample]:
         """A few of those that are not."""
-        return [sample for sample in self.samples if not sample.exact][:SHOWN]
+        return [sample for sample in self.result.samples if not sample.exact][:SHOWN]
 
     def __str__(self) -> str:
         rows = {**self._answers(), **self._losses(), **self._sizes(), **self._training()}
@@ -74,24 +58,24 @@ class Report:
         for sample in self.right:
             lines += _lines_of(sample)
         if self.wrong:
-            count = len(self.samples) - self.exact_after
-            lines += ["", f"Wrong after training, {count} of {len(self.samples)}:"]
+            count = len(self.result.samples) - self.result.exact_after
+            lines += ["", f"Wrong after training, {count} of {len(self.result.samples)}:"]
         for sample in self.wrong:
             lines += _lines_of(sample)
         return "\n".join([*lines, "", self.task.caveat])
 
     def _answers(self) -> dict[str, str]:
-        count = len(self.samples)
+        count = len(self.result.samples)
         return {
-            "exactly right before training": f"{self.exact_before} of {count}",
-            "exactly right after training": f"{self.exact_after} of {count}",
+            "exactly right before training": f"{self.result.exact_before} of {count}",
+            "exactly right after training": f"{self.result.exact_after} of {count}",
         }
 
     def _losses(self) -> dict[str, str]:
         return {
             "hold-out loss, unquantized base": f"{self.base_loss:.2f} nats per completion token",
-            "hold-out loss, base in NF4": f"{self.nf4_loss:.2f}",
-            "hold-out loss, fine-tuned": f"{self.tuned_loss:.2f}",
+            "hold-out loss, base in NF4": f"{self.result.eval_before:.2f}",
+            "hold-out loss, fine-tuned": f"{self.result.eval_after:.2f}",
             "hold-out loss, merged": f"{self.merged_loss:.2f}, one dense model",
         }
 
@@ -103,10 +87,9 @@ class Report:
         }
 
     def _training(self) -> dict[str, str]:
-        tokens = sum(step.tokens for step in self.history)
-        seconds = sum(step.seconds for step in self.history)
-        time = f"{len(self.history)} steps in {seconds:.0f} s"
-        rows = {"training": f"{time}, {tokens / seconds:.0f} tokens/s"}
+        history = self.result.history
+        time = f"{len(history)} steps in {sum(step.seconds for step in history):.0f} s"
+        rows = {"training": f"{time}, {self.result.speed:.0f} tokens/s"}
         if self.peak:
             rows["peak memory of the process"] = format_bytes(self.peak)
         return rows

@@ -79,11 +79,8 @@ def run_demo(
         checks = check_adapter(result, config, lesson.held_out)
         report = Report(
             task=lesson,
-            samples=result.samples,
-            nf4_loss=_measured(result.eval_before),
-            tuned_loss=_measured(result.eval_after),
+            result=result,
             adapter_bytes=(result.out / WEIGHTS).stat().st_size,
-            history=result.history,
             peak=peak_memory(),
             **checks._asdict(),
         )
@@ -214,11 +211,6 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """Returns the model's logits in eval mode, float32."""
     logits: Tensor = model.eval()(input_ids=ids).logits
     return logits.float()
-
-
-def _measured(loss: float | None) -> float:
-    assert loss is not None, "the demo has a hold-out"
-    return loss
 
 
 def _write_report(report: Report, folder: Path) -> None:

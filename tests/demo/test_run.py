@@ -65,8 +65,8 @@ def test_the_adapter_is_what_was_trained(demo: Demo) -> None:
     # The adapter from its file gives the trained model's logits, bit for bit.
     assert demo.report.reload_error == 0.0
     # Merging rounds to the base's dtype: at most 2^-8 of a weight in bfloat16.
-    assert abs(demo.report.merged_loss - demo.report.tuned_loss) < 0.05
-    assert demo.report.base_loss != demo.report.nf4_loss
+    assert abs(demo.report.merged_loss - demo.report.result.eval_after) < 0.05
+    assert demo.report.base_loss != demo.report.result.eval_before
 
 
 def test_the_data_is_written_as_it_is_trained_on(demo: Demo) -> None:
@@ -75,7 +75,7 @@ def test_the_data_is_written_as_it_is_trained_on(demo: Demo) -> None:
         lines = (demo.out / name).read_text().splitlines()
         assert [json.loads(line) for line in lines] == records
     answers = [record["completion"] for record in task.held_out[:4]]
-    assert [sample.expected for sample in demo.report.samples] == answers
+    assert [sample.expected for sample in demo.report.result.samples] == answers
 
 
 def test_the_files_of_a_run_and_of_the_demo(demo: Demo) -> None:
@@ -236,7 +236,7 @@ def test_what_is_checked_is_the_task_and_not_what_the_file_holds_by_then(
 
     monkeypatch.setattr(run, "finetune", finetune_and_lose_the_data)
     report = run.run_demo("orders", str(tmp_path), steps=1)
-    assert abs(report.merged_loss - report.tuned_loss) < 0.05
+    assert abs(report.merged_loss - report.result.eval_after) < 0.05
 
 
 @needs_model
@@ -248,9 +248,9 @@ def test_two_steps_with_the_real_model(
     assert report.reload_error == 0.0
 
     # What the four bits cost; two steps win back more than that on so easy a task.
-    assert report.tuned_loss < report.base_loss < report.nf4_loss
-    assert abs(report.merged_loss - report.tuned_loss) < 0.05
+    assert report.result.eval_after < report.base_loss < report.result.eval_before
+    assert abs(report.merged_loss - report.result.eval_after) < 0.05
 
     # It does not know the codes.
-    assert report.exact_before == 0
+    assert report.result.exact_before == 0
     assert str(report) in capsys.readouterr().out

@@ -1,8 +1,13 @@
 """A report of the demo, made up."""
 
+from pathlib import Path
+
+from torch import nn
+
 from minilora.demo.report import Report
 from minilora.demo.tasks import orders
 from minilora.training.loop import Step
+from minilora.training.result import Result
 from minilora.training.samples import Sample
 
 RIGHT = Sample("Two red caps, small, please.", "CAP-RED-S x2", "Sure! Here", "CAP-RED-S x2")
@@ -17,14 +22,11 @@ def report(samples: list[Sample], peak: int = 1_500_000_000) -> Report:
     ]
     return Report(
         task=orders(0),
-        samples=samples,
+        result=Result(nn.Identity(), None, Path("out"), 6.0, 0.25, steps, samples),
         base_loss=5.0,
-        nf4_loss=6.0,
-        tuned_loss=0.25,
         merged_loss=0.26,
         reload_error=0.0,
         adapter_bytes=19_600_000,
         base_bytes=269_000_000,
-        history=steps,
         peak=peak,
     )
