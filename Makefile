@@ -18,7 +18,7 @@ help:
 	@echo "make soak   what is repeated long: random failures while saving; outside CI"
 	@echo "make fuzz   hostile inputs, about ten minutes; FULL=1: all of them, goes on where it stopped; FAMILY=name: one kind"
 	@echo "make lock   requirements/*.txt anew: the versions and hashes that CI installs; make audit asks for known vulnerabilities"
-	@echo "make bench  speed against bitsandbytes and dense PyTorch, in processes of their own"
+	@echo "make bench  speed, and memory while loading, against bitsandbytes and dense PyTorch, in processes of their own"
 	@echo "make clean  remove .venv and what was built (the model in $(CACHE) stays)"
 
 demo: .venv/demo
@@ -83,6 +83,7 @@ fuzz: .venv/dev .venv/demo
 
 bench: .venv/dev
 	$(BIN)/python tests/bench/cpu.py
+	$(BIN)/python tests/bench/load.py
 
 bench-gpu: .venv/dev
 	$(BIN)/python tests/bench/gpu.py

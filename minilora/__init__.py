@@ -36,6 +36,9 @@ from minilora.surgery import use as use
 if TYPE_CHECKING:
     from minilora.files import load_adapter as load_adapter
     from minilora.files import save_adapter as save_adapter
+    from minilora.huggingface import load as load
+    from minilora.huggingface.quantized_folder import save_quantized as save_quantized
+    from minilora.huggingface.quantizer import NF4Config as NF4Config
     from minilora.optim import PagedAdamW as PagedAdamW
     from minilora.optim import retry_on_oom as retry_on_oom
     from minilora.reports import merge_report as merge_report
@@ -46,10 +49,13 @@ if TYPE_CHECKING:
 # The package takes it from here; CITATION.cff repeats it.
 __version__ = "0.1.0"
 
-# Name -> the subpackage that it is imported from when it is first used.
+# Name -> the subpackage, or the module in it, that it is imported from when it is first used.
 _SUBPACKAGE = {
     "load_adapter": "files",
     "save_adapter": "files",
+    "load": "huggingface",
+    "save_quantized": "huggingface.quantized_folder",
+    "NF4Config": "huggingface.quantizer",
     "PagedAdamW": "optim",
     "retry_on_oom": "optim",
     "merge_report": "reports",
@@ -62,6 +68,7 @@ __all__ = [
     "FinetuneConfig",
     "LoRA",
     "LoRALinear",
+    "NF4Config",
     "NF4Linear",
     "NF4Weight",
     "PagedAdamW",
@@ -73,6 +80,7 @@ __all__ = [
     "eject",
     "finetune",
     "inject",
+    "load",
     "load_adapter",
     "lora_linear",
     "merge",
@@ -83,6 +91,7 @@ __all__ = [
     "quantize_nf4",
     "retry_on_oom",
     "save_adapter",
+    "save_quantized",
     "use",
 ]
 

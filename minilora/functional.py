@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd.function import once_differentiable
 
 from minilora import ops
@@ -26,6 +27,8 @@ def _without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, 
     """Autocast may be on where `.backward()` is called; the products keep the forward's dtype."""
 
     def wrapped(ctx: Any, dy: Tensor) -> Any:
+        if not is_autocast_available(dy.device.type):  # the meta device
+            return backward(ctx, dy)
         with torch.autocast(dy.device.type, enabled=False):
             return backward(ctx, dy)
 
@@ -142,8 +145,9 @@ def _product(function: Any, x: Tensor, w: NF4Weight, *rest: Any) -> Tensor:
         raise ValueError(f"{sizes}: x must be [..., in], the weight [out, in]")
     if x.dtype not in DTYPES:
         raise TypeError(f"x is {x.dtype}: it must be float32, bfloat16, float16 or float64")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    if is_autocast_available(device) and torch.is_autocast_enabled(device):
+        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
 
     rows = x.reshape(-1, x.shape[-1])  # [M, I]
     rest = tuple(t.to(x.dtype) if isinstance(t, Tensor) else t for t in rest)

@@ -173,7 +173,7 @@ class QLoRALinear(LoRALayer, NF4Linear):
         h = x.to(self.compute_dtype or x.dtype)
         adapters: list[Any] = [self.adapters[name] for name in self.active]
         # The term of a single plain adapter is added in the same pass over y.
-        if [type(adapter) for adapter in adapters] == [LoRA]:
+        if [type(a) for a in adapters] == [LoRA] and adapters[0].bias is None:
             lora = adapters[0]
             dropout = lora.dropout if lora.training else 0.0
             y = lora_linear(h, self.weight, lora.A, lora.B, lora.scale, self.bias, dropout)

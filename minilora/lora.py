@@ -38,11 +38,13 @@ class LoRA(nn.Module):
         r: rank of the update.
         alpha: the update is scaled by alpha / r. Default: 2 * r.
         dropout: probability of zeroing an element of x, in training.
+        bias: give B a bias b, s (B A x + b), which PEFT calls `lora_bias`.
         seed, layer_name: they alone decide the draw of A: the same in any model, on any device.
         device: of A and B.
 
     Shapes:
-        A [r, in_features], B [out_features, r], float32 whatever the layer's dtype.
+        A [r, in_features], B [out_features, r], bias [out_features] or None, float32 whatever the
+        layer's dtype.
         x [..., in_features] -> [..., out_features], in x's dtype or autocast's.
 
     Raises:
@@ -54,6 +56,10 @@ class LoRA(nn.Module):
         (torch.Size([5, 32]), 2.0)
     """
 
+    A: nn.Parameter
+    B: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -62,19 +68,33 @@ class LoRA(nn.Module):
         *,
         alpha: float | None = None,
         dropout: float = 0.0,
+        bias: bool = False,
         seed: int = 0,
         layer_name: str = "",
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        check_options(in_features, out_features, r, alpha, dropout, layer_name)
+        check_options(r, alpha, dropout, layer_name)
         self.r, self.dropout = r, dropout
         self.alpha = float(2 * r if alpha is None else alpha)
+        self.seed = zlib.crc32(f"{seed} {layer_name}".encode())
 
-        generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed} {layer_name}".encode()))
-        A = torch.randn(r, in_features, generator=generator, dtype=torch.float32, device="cpu") / r
-        self.A = nn.Parameter(A.to(device))
-        self.B = nn.Parameter(torch.zeros(out_features, r, dtype=torch.float32, device=device))
+        def empty(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, dtype=torch.float32, device=device))
+
+        self.A, self.B = empty(r, in_features), empty(out_features, r)
+        self.register_parameter("bias", empty(out_features) if bias else None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws A again, and zeros B and its bias: what `to_empty` leaves is arbitrary."""
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        A = torch.randn(self.A.shape, generator=generator, dtype=torch.float32, device="cpu")
+        self.A.copy_(A / self.r)
+        for zero in (self.B, self.bias):
+            if zero is not None:
+                zero.zero_()
 
     @classmethod
     def for_layer(cls: type[Adapter], layer: Any, r: int = 8, **options: Any) -> Adapter:
@@ -88,7 +108,9 @@ class LoRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training)
         A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        return self.scale * (x @ A.T) @ B.T
+        update = self.scale * (x @ A.T) @ B.T
+        bias = self.bias_delta()
+        return update if bias is None else update + bias.to(update.dtype)
 
     def adapt(self, y: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         """What `layer` computes from x with this adapter; without, it computes y."""
@@ -103,13 +125,19 @@ class LoRA(nn.Module):
         """W + s B A, in W's dtype."""
         return W + self.delta(W.dtype)
 
+    def bias_delta(self) -> Tensor | None:
+        """What the layer's own bias changes by: s times the bias of B. None: B has none."""
+        return None if self.bias is None else self.scale * self.bias
+
     def tensors(self) -> dict[str, nn.Parameter]:
         """What a file holds of this adapter, under PEFT's names."""
-        return {"lora_A.weight": self.A, "lora_B.weight": self.B}
+        bias = {} if self.bias is None else {"lora_B.bias": self.bias}
+        return {"lora_A.weight": self.A, "lora_B.weight": self.B, **bias}
 
     def config(self) -> dict[str, Any]:
         """What PEFT's adapter_config.json says of this adapter."""
-        return {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+        bias = {} if self.bias is None else {"lora_bias": True}
+        return {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout, **bias}
 
     def extra_repr(self) -> str:
         return f"r={self.r}, alpha={self.alpha:g}, dropout={self.dropout:g}"
@@ -166,15 +194,13 @@ class LoRALinear(LoRALayer, nn.Linear):
     base_class = nn.Linear
 
 
-def check_options(
-    in_features: int, out_features: int, r: int, alpha: float | None, dropout: float, name: str
-) -> None:
-    """Raises ValueError unless the layer `name`, of this size, can have such an adapter."""
-    at, size = f"{name}: " if name else "", f"[{out_features}, {in_features}]"
-    largest = min(in_features, out_features)
-    if not isinstance(r, int) or not 1 <= r <= largest:
-        raise ValueError(f"{at}r={r}: the rank for {size} is a whole number from 1 to {largest}")
-    if alpha is not None and not (alpha > 0 and math.isfinite(alpha)):
+def check_options(r: int, alpha: float | None, dropout: float, layer_name: str = "") -> None:
+    """Raises ValueError, with the layer's name, unless there are adapters with these options."""
+    at = f"{layer_name}: " if layer_name else ""
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise ValueError(f"{at}r={r}: the rank is a whole number from 1")
+    known = alpha is None or isinstance(alpha, int | float)
+    if not known or (alpha is not None and not (alpha > 0 and math.isfinite(alpha))):
         raise ValueError(f"{at}alpha={alpha}: must be positive and finite (scaling is alpha / r)")
     if not 0 <= dropout < 1:
         raise ValueError(f"{at}dropout={dropout}: must be a probability below 1")

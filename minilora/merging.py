@@ -8,17 +8,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from minilora.bypass import guard_fused_encoders
+from minilora.checks import check_unwrapped
+from minilora.guards import guard, release_quantizer
 from minilora.layers import NF4Linear, become, remove_adapter
 from minilora.nf4 import NF4Weight, check_values, quantize_nf4
-from minilora.surgery import Model, check_unwrapped, undone_on_error
-from minilora.targets import adapted_layers, tied_parameters
+from minilora.surgery import Model, undone_on_error
+from minilora.targets import adapted_layers, adapter_names, tied_parameters
+from minilora.whole import remove_whole, untied_names
+
+_MERGED = "_minilora_merged"
 
 
 def merge(
     model: Model, *, into: Literal["dense", "nf4"] = "dense", min_survival: float = 0.5
 ) -> Model:
     r"""Adds the active adapters to the weights, W + (alpha / r) B A, and removes them.
+
+    What `train_also` trained stays as it is. A model that was merged already is left alone.
 
     A merged model has no extra latency (LoRA, arXiv:2106.09685, section 4.1). All merged weights
     are computed before the first layer changes, so they need memory beside the base.
@@ -32,8 +38,9 @@ def merge(
 
     Raises:
         ValueError: there is no adapter, or one that is not active; an adapter or a merged weight
-            holds NaN or infinity; a layer is sharded or has no values; with "nf4" a base is dense
-            or a layer would keep less than `min_survival`.
+            holds NaN or infinity; a layer is sharded or has no values, or has no bias to which that
+            of B could be added, or is tied to another in a way that a transformers model cannot
+            undo; with "nf4" a base is dense or a layer would keep less than `min_survival`.
 
     Example:
         >>> model = minilora.inject(torch.nn.Sequential(torch.nn.Linear(64, 8)), r=4)
@@ -42,22 +49,28 @@ def merge(
     """
     if into not in ("dense", "nf4"):
         raise ValueError(f"into={into!r}: must be 'dense' or 'nf4'")
+    if _MERGED in vars(model) and not adapter_names(model):
+        return model
     layers = layers_to_merge(model)
     if into == "nf4":
         new = _merged_into_nf4(layers, min_survival)
     else:
         new = {name: nn.Parameter(_merged(name, layer), False) for name, layer in layers.items()}
-    untied = _warn_of_untying(model, layers)
-    config: Any = getattr(model, "config", None)
+    biases = {name: _merged_bias(layer) for name, layer in layers.items()}
+    untied = _check_untying(model, layers)
 
     with undone_on_error(model):
+        remove_whole(model, keep=True)
         for name, layer in layers.items():
             for adapter_name in list(layer.adapters):
                 remove_adapter(layer, adapter_name)
+            layer.bias = biases[name]
             _set_weight(layer, new.pop(name))
-        guard_fused_encoders(model)
-        if untied and getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False
+        vars(model)[_MERGED] = True
+        guard(model)
+        if untied and _says_tied(model):
+            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    release_quantizer(model)
     return model
 
 
@@ -71,14 +84,29 @@ def layers_to_merge(model: nn.Module) -> dict[str, Any]:
                 kind = "on the meta device" if p.is_meta else f"a {type(p.detach()).__name__}"
                 reason = f"a parameter of {name} is {kind}"
                 raise ValueError(f"{reason}: merge a model of ordinary tensors, with values")
-        for adapter_name, adapter in layer.adapters.items():
+        adapters: dict[str, Any] = dict(layer.adapters)
+        for adapter_name, adapter in adapters.items():
             if adapter_name not in layer.active:
                 other = f"{name} also has the adapter {adapter_name!r}, which is not active"
                 raise ValueError(f"{other} and would be lost: eject it, or minilora.use both")
             if not all(bool(p.isfinite().all()) for p in adapter.parameters()):
                 reason = f"the adapter of {name} holds NaN or infinity"
                 raise ValueError(f"{reason}: the training diverged, load an earlier checkpoint")
+            if adapter.bias_delta() is not None and layer.bias is None:
+                reason = f"{name} has no bias, to which that of its adapter could be added"
+                raise ValueError(f"{reason}: keep the adapter beside the model")
     return layers
+
+
+@torch.no_grad()
+def _merged_bias(layer: Any) -> nn.Parameter | None:
+    """The layer's bias with those of its active adapters; the same object where they have none."""
+    changes = [layer.adapters[name].bias_delta() for name in layer.active]
+    if all(change is None for change in changes):
+        bias: nn.Parameter | None = layer.bias
+        return bias
+    total = layer.bias + sum(change for change in changes if change is not None)
+    return nn.Parameter(total.to(layer.bias.dtype), False)
 
 
 def _merged(name: str, layer: Any) -> Tensor:
@@ -136,14 +164,31 @@ def _set_weight(layer: Any, weight: Any) -> None:
         layer.weight = weight
 
 
-def _warn_of_untying(model: nn.Module, layers: Mapping[str, Any]) -> bool:
-    """Whether a merged layer will no longer be the embedding that its weight is shared with."""
-    tied = tied_parameters(model)
-    shared = {n: tied.get(id(layer._parameters.get("weight"))) for n, layer in layers.items()}
-    for name, names in shared.items():
-        if names:
-            warnings.warn(f"{name} was merged, so {names} are no longer tied", stacklevel=3)
-    return any(shared.values())
+def _check_untying(model: nn.Module, layers: Mapping[str, Any]) -> bool:
+    """Whether weights that are one in the base will no longer be: a head and the embedding.
+
+    Raises ValueError where the files of a transformers model could not say so. Its config knows a
+    single tie, of one embedding and one head; whatever else is tied, loading would tie again.
+    """
+    tied, apart = tied_parameters(model), untied_names(model)
+    messages = []
+    for path, layer in layers.items():
+        if names := tied.get(id(layer._parameters.get("weight"))):
+            messages.append((names, f"{path} was merged, so {{}} are no longer tied"))
+    if apart:
+        messages.append((apart, "{} were trained apart and are no longer tied"))
+    for names, message in messages:
+        owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+        head = len(owners) == 2 and any(isinstance(m, nn.Embedding) for m in owners)
+        if hasattr(model, "tie_weights") and not (head and _says_tied(model)):
+            reason = f"{', '.join(names)} share a weight, and merging would untie them"
+            raise ValueError(f"{reason}: eject the adapter, or merge one that leaves them alone")
+        warnings.warn(message.format(" and ".join(names)), stacklevel=3)
+    return bool(messages)
+
+
+def _says_tied(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
 
 
 @torch.no_grad()

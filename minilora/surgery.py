@@ -6,47 +6,59 @@ frees each dense weight before the next, says how far it came if memory runs out
 `merging.py`.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minilora.bypass import check_called, guard_fused_encoders
-from minilora.layers import (
-    NF4Linear,
-    adapter_class,
-    add_adapter,
-    become,
-    check_quantizable,
-    remove_adapter,
+from minilora.checks import (
+    check_bare,
+    check_can_be_adapted,
+    check_can_be_quantized,
+    check_unwrapped,
+    warn_of_ranks,
+    warn_of_unreached,
 )
+from minilora.guards import guard
+from minilora.layers import NF4Linear, add_adapter, become, remove_adapter
 from minilora.lora import LoRA, LoRALayer
 from minilora.nf4 import DTYPES, check_format, check_values
 from minilora.targets import (
-    DEFAULT_EXCLUDE,
     Targets,
     adapted_layers,
     adapter_names,
+    by_pattern,
+    in_blocks,
+    kept_in_float32,
     linear_layers,
     select_layers,
+)
+from minilora.whole import (
+    add_whole,
+    new_parameters,
+    place_whole,
+    remove_whole,
     select_parameters,
-    tied_parameters,
+    whole_parameters,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
+Pattern = str | re.Pattern[str]
 
 
 def quantize(
     model: Model,
     targets: Targets = "all-linear",
     *,
-    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    exclude: Targets = (),
     quant_type: str = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
+    strict: bool = False,
 ) -> Model:
     r"""Makes linear layers 4-bit ones, in place; each dense weight is freed before the next.
 
@@ -54,12 +66,15 @@ def quantize(
 
     Args:
         model: any module.
-        targets: "all-linear"; a name or names, matched on the last part or a dotted end ("q_proj",
-            "self_attn.q_proj"); a compiled regular expression (searched in the full name); or a
-            callable (name, module) -> bool.
-        exclude: names left out. The default leaves out the head, unless targets name it.
+        targets: "all-linear": all but the heads, and what transformers keeps in float32; a name or
+            names, matched on the last part or a dotted end ("q_proj", "self_attn.q_proj"); a
+            compiled regular expression (searched in the full name); or a callable
+            (name, module) -> bool.
+        exclude: what is left out, in the same ways.
         quant_type, block_size, double_quant: as for `quantize_nf4`.
         compute_dtype: dtype of the products. Default: the input's.
+        strict: raise, and do not only warn, where "all-linear" cannot reach a part of the model,
+            such as the experts of a mixture.
 
     Raises:
         ValueError, TypeError: a target matches nothing, or a layer (which is named) is quantized
@@ -71,8 +86,8 @@ def quantize(
         'NF4Linear'
     """
     options = {"block_size": block_size, "double_quant": double_quant, "quant_type": quant_type}
-    steps = quantize_steps(model, targets, exclude=exclude, compute_dtype=compute_dtype, **options)
-    for _ in steps:
+    options |= {"compute_dtype": compute_dtype}
+    for _ in quantize_steps(model, targets, exclude=exclude, strict=strict, **options):
         pass
     return model
 
@@ -81,17 +96,19 @@ def quantize_steps(
     model: nn.Module,
     targets: Targets = "all-linear",
     *,
-    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    exclude: Targets = (),
+    strict: bool = False,
     **options: Any,
 ) -> Iterator[tuple[int, int]]:
     """`quantize` as an iterator, for a progress bar: yields (layers done, layers in all)."""
     check_format(options.get("block_size", 64), options.get("quant_type", "nf4"))
     if (compute_dtype := options.get("compute_dtype")) not in (None, *DTYPES):
         raise TypeError(f"compute_dtype={compute_dtype}: choose one of {DTYPES}, or None")
-    chosen = select_layers(model, targets, exclude)
+    chosen = select_layers(model, targets, exclude, kept_in_float32(model))
     check_can_be_quantized(model, chosen)
     for name, layer in chosen.items():
         check_values(layer.weight, options.get("double_quant", True), f"{name}.weight")
+    warn_of_unreached(model, targets, strict, "quantized", stacklevel=4)
 
     done = 0
     try:
@@ -104,7 +121,7 @@ def quantize_steps(
         error.args = (f"{error}\n{rest}: to go on, leave them out with exclude=", *error.args[1:])
         raise
     finally:
-        guard_fused_encoders(model)
+        guard(model)
 
 
 def inject(
@@ -113,12 +130,17 @@ def inject(
     *,
     alpha: float | None = None,
     targets: Targets = "all-linear",
-    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    exclude: Targets = (),
     dropout: float = 0.0,
+    rank_pattern: Mapping[Pattern, int] | None = None,
+    alpha_pattern: Mapping[Pattern, float] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    lora_bias: bool = False,
     train_also: Sequence[str] = (),
     name: str = "default",
     seed: int = 0,
     adapter: type[LoRA] = LoRA,
+    strict: bool = False,
 ) -> Model:
     r"""Adds a LoRA adapter to linear layers, dense or quantized, in place, and freezes the rest.
 
@@ -132,9 +154,15 @@ def inject(
     Args:
         r: the rank.
         alpha: the update is scaled by alpha / r. Default: 2 * r.
-        targets, exclude: as for `quantize`.
+        targets, exclude, strict: as for `quantize`.
         dropout: on the adapter's input, in training.
-        train_also: names of modules or parameters (norms, embeddings, a head) to train as a whole.
+        rank_pattern, alpha_pattern: other ranks and alphas for some of the layers, by a name or a
+            compiled regular expression, as in `targets`; the first that matches counts. The default
+            alpha of another rank is twice that rank.
+        layers_to_transform: only the layers in these of the model's repeated blocks.
+        lora_bias: give each B a bias.
+        train_also: names of modules or parameters (norms, embeddings, a head) to train whole. The
+            base's own are put aside, and `disabled` and `eject` bring them back.
         name: the adapter's name, for switching and in error messages.
         seed: the draw of A depends on this and on the layer's name alone.
         adapter: the class of the adapter: `LoRA`, or a variant that is a subclass of it.
@@ -151,12 +179,19 @@ def inject(
         ['0.adapters.default.A', '0.adapters.default.B']
     """
     chosen = select_layers(model, targets, exclude)
+    if layers_to_transform is not None:
+        chosen = in_blocks(chosen, layers_to_transform)
     check_can_be_adapted(model, chosen, name)
-    options = {"alpha": alpha, "dropout": dropout, "seed": seed}
+    ranks = by_pattern(chosen, rank_pattern, "rank_pattern")
+    alphas = by_pattern(chosen, alpha_pattern, "alpha_pattern")
+    options = {"dropout": dropout, "seed": seed} | ({"bias": True} if lora_bias else {})
     adapters = {
-        path: adapter.for_layer(layer, r, layer_name=path, **options)
+        path: adapter.for_layer(
+            layer, ranks.get(path, r), alpha=alphas.get(path, alpha), layer_name=path, **options
+        )
         for path, layer in chosen.items()
     }
+    warn_of_unreached(model, targets, strict, "adapted", stacklevel=3)
     return attach(model, adapters, name=name, train_also=train_also)
 
 
@@ -166,22 +201,26 @@ def attach(
     *,
     name: str = "default",
     train_also: Sequence[str] = (),
+    whole: Mapping[str, Tensor] | None = None,
 ) -> Model:
-    """`inject` with ready-made adapters: {the layer's full name: its adapter}."""
+    """`inject` with ready-made adapters: {the layer's full name: its adapter}.
+
+    `whole` has values for what is trained whole, by the full name of the parameter.
+    """
     layers = linear_layers(model)
     check_can_be_adapted(model, {path: layers[path] for path in adapters}, name)
-    also = select_parameters(model, train_also)
-    if also or trained_whole(model):
+    also = new_parameters(model, {**select_parameters(model, train_also), **(whole or {})})
+    if also or whole_parameters(model):
         check_bare(model, "parameters trained as a whole belong to a single adapter")
+    warn_of_ranks(adapters)
 
     with undone_on_error(model):
         model.requires_grad_(False)
         for path, adapter in adapters.items():
             add_adapter(layers[path], name, adapter)
+        add_whole(model, also)
         use(model, name)
-        for p in also:
-            p.requires_grad_(True)
-        guard_fused_encoders(model)
+        guard(model)
     return model
 
 
@@ -226,12 +265,17 @@ def eject(model: Model, name: str | None = None) -> Model:
         for layer in layers.values():
             for each in list(layer.adapters) if name is None else [name]:
                 remove_adapter(layer, each)
-        guard_fused_encoders(model)
+        if not adapter_names(model):
+            remove_whole(model)
+        guard(model)
     return model
 
 
 def use(model: Model, *names: str) -> Model:
     """Makes these adapters the active ones: they take part, summed, and are trained. No name: none.
+
+    Without an active adapter the model also computes with its base's parameters in the place of
+    those of `train_also`.
 
     Raises:
         ValueError: the model has no adapter of that name.
@@ -250,12 +294,17 @@ def use(model: Model, *names: str) -> Model:
             layer.active = tuple(name for name in names if name in layer.adapters)
             for name, adapter in layer.adapters.items():
                 adapter.requires_grad_(name in names)
+        for p in whole_parameters(model).values():
+            p.requires_grad_(bool(names))
+        place_whole(model, trained=bool(names))
     return model
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside the block the model computes its base alone, compiled or not. Blocks may be nested.
+
+    The base's own parameters are in the place of those of `train_also`.
 
     Raises:
         ValueError: the model has no adapter.
@@ -269,12 +318,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
     try:
         for layer in before:
             layer.active = ()
+        place_whole(model, trained=False)
         yield
     finally:
         for layer, active in before.items():
             # The block may have ejected adapters.
             if isinstance(layer, LoRALayer):
                 layer.active = tuple(name for name in active if name in layer.adapters)
+        place_whole(model, trained=any(before.values()))
 
 
 def audit(model: nn.Module) -> list[str]:
@@ -307,7 +358,7 @@ def _took_part(layer: LoRALayer) -> bool:
 def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """Returns what an optimizer trains: the active adapters and the parameters of `train_also`.
 
-    With `name`, the parameters of that adapter.
+    With `name`, the parameters of that adapter alone.
 
     Raises:
         ValueError: the model has no such adapter.
@@ -320,55 +371,3 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> list[nn.Par
     if name is None:
         return [p for p in model.parameters() if p.requires_grad]
     return [p for layer in layers for p in layer.adapters[name].parameters()]
-
-
-def trained_whole(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters of an injected model that are no adapter's, by name."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALayer)]
-    ours = {id(p) for layer in layers for p in layer.adapters.parameters()}
-    named = model.named_parameters()
-    return {n: p for n, p in named if layers and p.requires_grad and id(p) not in ours}
-
-
-def check_bare(model: nn.Module, reason: str = "", name: str | None = None) -> None:
-    """Raises ValueError if the model has an adapter (of this name), with the reason."""
-    for found in adapter_names(model):
-        if name in (None, found):
-            layers = list(adapted_layers(model, found))
-            on = f"on {len(layers)} layers already ({layers[0]}, ...)"
-            way_out = "minilora.merge or minilora.eject it first" + (reason and f" ({reason})")
-            raise ValueError(f"the model has the adapter {found!r} {on}: {way_out}")
-
-
-def check_can_be_adapted(model: nn.Module, layers: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError or TypeError unless the layers can get an adapter of this name."""
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"name={name!r} cannot be an adapter's name: choose a word without dots")
-    check_bare(model, "or choose another name", name)
-    for path, layer in layers.items():
-        kind = adapter_class(layer, path).base_class.__name__
-        if getattr(getattr(layer, "_hf_hook", None), "offload", False):
-            raise TypeError(f"{path} ({kind}) is offloaded by accelerate: load it on one device")
-    check_called(model, layers)
-
-
-def check_can_be_quantized(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Raises ValueError or TypeError, with the layer's name, unless all can be quantized."""
-    tied = tied_parameters(model)
-    for name, layer in layers.items():
-        if isinstance(layer, LoRALayer):
-            raise ValueError(f"{name} has an adapter: quantize first, inject afterwards")
-        if isinstance(layer, NF4Linear):
-            raise ValueError(f"{name} is quantized already: leave it out with exclude=")
-        check_quantizable(layer, name)
-        if others := tied.get(id(layer.weight)):
-            reason = f"{name} shares its weight with another layer ({others})"
-            raise ValueError(f"{reason} and would be untied: leave it out with exclude=")
-    check_called(model, layers)
-
-
-def check_unwrapped(path: str, layer: LoRALayer) -> None:
-    """Raises TypeError if something else, such as fully_shard, has changed the class since."""
-    kind = type(layer)
-    if not {LoRALayer, kind.base_class} & {*kind.__bases__}:
-        raise TypeError(f"{path} has become a {kind.__name__}: eject before it is wrapped")

@@ -39,6 +39,13 @@ def _thresholds(quant_type: str) -> Any:
     return array(codebooks.thresholds(quant_type)).copy()
 
 
+@functools.cache
+def _steps(quant_type: str) -> Any:
+    """The code of the lowest level, and what each threshold adds to it, modulo 256; uint8 [16]."""
+    codes = array(codebooks.ascending_codes(quant_type))
+    return np.diff(codes, prepend=np.uint8(0))
+
+
 def loop_arguments(w: PackedWeight) -> tuple[Any, ...]:
     """Returns packed, absmax, absmax2, offset and the 16 levels, as the compiled loops take them.
 
@@ -58,6 +65,7 @@ def loop_arguments(w: PackedWeight) -> tuple[Any, ...]:
 def _quantize(
     x: Any,
     thresholds: Any,
+    steps: Any,
     packed: Any,
     absmax: Any,
     block_size: int,
@@ -89,9 +97,9 @@ def _quantize(
 
         for i in range(size):
             y = row[i] * reciprocal
-            code = np.uint8(0)
+            code = steps[0]
             for j in range(15):
-                code += np.uint8(y > thresholds[j])
+                code += np.uint8(y > thresholds[j]) * steps[j + 1]
             codes[i] = code
 
         for i in range(size // 2):
@@ -114,6 +122,7 @@ def quantize(x: Tensor, block_size: int, quant_type: str = "nf4") -> tuple[Tenso
         _quantize,
         bits(x),
         _thresholds(quant_type),
+        _steps(quant_type),
         array(packed),
         array(absmax),
         block_size,

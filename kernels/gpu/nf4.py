@@ -7,6 +7,7 @@ quantization in the same launch.
 """
 
 import functools
+import itertools
 
 import numpy as np
 import torch
@@ -49,6 +50,13 @@ def _thresholds(quant_type: str) -> tuple[float, ...]:
     return tuple(codebooks.thresholds(quant_type).tolist())
 
 
+@functools.cache
+def _steps(quant_type: str) -> tuple[int, ...]:
+    """The code of the lowest level, and what each threshold adds to it: 16 constants."""
+    codes = codebooks.ascending_codes(quant_type).tolist()
+    return codes[0], *(b - a for a, b in itertools.pairwise(codes))
+
+
 @triton.jit
 def _reciprocal(absmax):
     """1 / max(absmax, 1e-38), rounded to nearest: `/` alone is off by 2 ulp on a GPU."""
@@ -59,9 +67,9 @@ def _reciprocal(absmax):
 @triton.jit
 def _quantize(
     x, packed, absmax, n,
-    THRESHOLDS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    THRESHOLDS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """A program quantizes BLOCKS blocks. The code of y is the number of thresholds below it."""
+    """A program quantizes BLOCKS blocks. Each threshold below y adds its step to the code."""
     b = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     i = b[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [BLOCKS, BLOCK]
     w = tl.load(x + i, mask=i < n, other=0.0).to(tl.float32)
@@ -70,9 +78,9 @@ def _quantize(
     tl.store(absmax + b, largest, mask=b * BLOCK < n)
     y = w * _reciprocal(largest)[:, None]
 
-    q = tl.zeros((BLOCKS, BLOCK), tl.int32)
+    q = tl.full((BLOCKS, BLOCK), STEPS[0], tl.int32)
     for j in tl.static_range(15):
-        q += (y > THRESHOLDS[j]).to(tl.int32)
+        q += (y > THRESHOLDS[j]).to(tl.int32) * STEPS[j + 1]
 
     first, second = tl.split(tl.reshape(q, (BLOCKS, BLOCK // 2, 2)))
     byte = b[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
@@ -94,7 +102,8 @@ def quantize(x: Tensor, block_size: int, quant_type: str = "nf4") -> tuple[Tenso
     grid = (triton.cdiv(absmax.numel(), blocks),)
     launch(
         _quantize, grid, x, packed, absmax, n,
-        THRESHOLDS=_thresholds(quant_type), BLOCK=block_size, BLOCKS=blocks, num_warps=8,
+        THRESHOLDS=_thresholds(quant_type), STEPS=_steps(quant_type),
+        BLOCK=block_size, BLOCKS=blocks, num_warps=8,
     )  # fmt: skip
     return packed, absmax
 

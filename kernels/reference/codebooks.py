@@ -1,8 +1,9 @@
 r"""The levels that a code stands for: 16 for a weight, 256 for a double-quantized absmax.
 
-All three backends look levels up by `w.quant_type`: a second 4-bit format is one more entry in
+All three backends look levels up by `w.quant_type`: another 4-bit format is one more entry in
 `CODEBOOKS`. NF4, "4-bit NormalFloat", is from QLoRA (Dettmers et al. 2023, arXiv:2305.14314,
-section 3 and appendix E); the 8-bit map from Dettmers (arXiv:1511.04561, section 2).
+section 3 and appendix E); FP4 has the levels and the codes of bitsandbytes; the 8-bit map is from
+Dettmers (arXiv:1511.04561, section 2).
 """
 
 import functools
@@ -18,8 +19,16 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
-# 16 levels in ascending order, in [-1, 1]. A level of zero keeps a weight of zero exactly.
-CODEBOOKS: dict[str, tuple[float, ...]] = {"nf4": NF4}
+# A sign and three bits: the values of `get_4bit_type("fp4")` in bitsandbytes' functional.py, in the
+# order of their codes, which is not ascending. Zero has two codes, 0 and 8.
+_FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+FP4 = (
+    *(m / 12 for m in _FP4_MAGNITUDES),
+    *(0.0 - m / 12 for m in _FP4_MAGNITUDES),
+)
+
+# The level of each code 0 ... 15, in [-1, 1]. A level of zero keeps a weight of zero exactly.
+CODEBOOKS: dict[str, tuple[float, ...]] = {"nf4": NF4, "fp4": FP4}
 
 
 def derive_nf4() -> Tensor:
@@ -90,7 +99,7 @@ def midpoints(levels: Tensor) -> Tensor:
 
 @functools.cache
 def levels(quant_type: str) -> Tensor:
-    """Returns the 16 levels of a quantization type, float32 [16], on the CPU.
+    """Returns the 16 levels of a quantization type by code, float32 [16], on the CPU.
 
     Raises ValueError if no codebook has that name.
     """
@@ -105,8 +114,17 @@ def levels(quant_type: str) -> Tensor:
 
 @functools.cache
 def thresholds(quant_type: str) -> Tensor:
-    """Returns the 15 thresholds between the levels of a quantization type, float32 [15]."""
-    return midpoints(levels(quant_type))
+    """Returns the 15 thresholds between the sorted levels of a quantization type, float32 [15]."""
+    return midpoints(levels(quant_type).sort().values)
+
+
+@functools.cache
+def ascending_codes(quant_type: str) -> Tensor:
+    """Returns the codes of a quantization type, uint8 [16], from the lowest level to the highest.
+
+    For NF4 they are 0 ... 15. Of two codes with the same level the smaller is first.
+    """
+    return levels(quant_type).argsort(stable=True).to(torch.uint8)
 
 
 # The caller may have changed the default device before importing this file.

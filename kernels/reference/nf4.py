@@ -1,7 +1,8 @@
 r"""4-bit weights in plain PyTorch: the specification that every faster kernel matches bit for bit.
 
 NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, section 3) stores a weight as one of 16 levels
-in [-1, 1] (see `codebooks.py`) times the largest magnitude ("absmax") of its block of 64:
+in [-1, 1] times the largest magnitude ("absmax") of its block of 64; FP4 does so with other levels
+(see `codebooks.py`):
 
     w  ~  level[q] * absmax                  4 + 32/64 = 4.5 bits per weight
 
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .codebooks import MAP8, levels, midpoints, thresholds
+from .codebooks import MAP8, ascending_codes, levels, midpoints, thresholds
 
 # A smaller absmax has an infinite reciprocal, and 0 * infinity is not a number.
 TINY = 1e-38
@@ -75,14 +76,16 @@ def _normalized(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 def quantize(x: Tensor, block_size: int, quant_type: str = "nf4") -> tuple[Tensor, Tensor]:
     r"""Returns (packed uint8 [ceil(n/2)], absmax float32 [b]) of a float tensor of any shape.
 
-        q = argmin_j |level_j - x / absmax|, the number of thresholds below x / absmax
+        q = argmin_j |level_j - x / absmax|
 
-    A block of zeros gets absmax 0 and the code of 0.
+    The number of thresholds below x / absmax says which level, counted from the lowest. A block of
+    zeros gets absmax 0 and the code of 0.
     """
     x = x.detach().reshape(-1).float()
     y, absmax = _normalized(x, block_size)
     edges = thresholds(quant_type).to(x.device)
-    q = torch.bucketize(y, edges).to(torch.uint8)
+    codes = ascending_codes(quant_type).to(x.device)
+    q = codes[torch.bucketize(y, edges)]
 
     # A weight of odd length fills its last byte with the code of 0, from the padding.
     n = x.numel() + x.numel() % 2

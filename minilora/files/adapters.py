@@ -5,14 +5,16 @@ does not support, an adapter that would change nothing: each raises an error wit
 each has been a silent wrong result in other libraries.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minilora.files.adapter_checks import check_base, check_none, mismatches, whole_values
+from minilora.checks import check_bare
+from minilora.files.adapter_checks import check_base, check_none, mismatches
 from minilora.files.adapter_folder import (
     WEIGHTS,
     SavedAdapter,
@@ -21,13 +23,18 @@ from minilora.files.adapter_folder import (
     write_adapter,
 )
 from minilora.files.base import Base, base_of
-from minilora.files.names import canonical_name
+from minilora.files.names import canonical_names
 from minilora.files.peft_config import CONFIG, make_config, read_base_name
+from minilora.files.peft_limits import warn_of_limits
+from minilora.files.peft_targets import base_modules
 from minilora.files.peft_values import ConfigReader
+from minilora.files.saved_whole import saved_whole
 from minilora.files.text import shown
-from minilora.lora import LoRA
-from minilora.surgery import Model, attach, check_bare, trained_whole
+from minilora.files.whole_values import WholeValues
+from minilora.lora import LoRA, LoRALayer
+from minilora.surgery import Model, attach, undone_on_error
 from minilora.targets import adapted_layers, adapter_names, linear_layers
+from minilora.whole import add_whole, new_parameters, place_whole, whole_parameters
 
 _LONGEST_NAME = 100
 
@@ -37,6 +44,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
 
     The write is atomic: a full disk or a kill leaves the old files. The weights carry a hash of
     their config, one of themselves, and a record of what the layers were: dense, or in 4 bits.
+    A warning says what PEFT, vLLM or llama.cpp would not make of the files.
 
     Args:
         model: an injected model. Adapters are written in float32, parameters of `train_also` in
@@ -48,7 +56,9 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
         The folder.
 
     Raises:
-        ValueError: the model has no adapter, none of that name, or several and no name is given.
+        ValueError: the model has no adapter, none of that name, or several and no name is given;
+            without wrappers two modules have one name, or the model is itself the layer; the
+            layers' adapters differ in an option that a config says once.
         OSError: the disk is full or the folder cannot be written to; existing files stay.
 
     Example:
@@ -57,19 +67,27 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     name = _only_name(model) if name is None else name
-    adapters = _adapters(model, name)
-    whole = {canonical_name(path): p for path, p in trained_whole(model).items()}
+    names = canonical_names(model)
+    layers: dict[str, Any] = {names[p]: m for p, m in adapted_layers(model, name).items()}
+    if "" in layers:
+        reason = f"the {type(layers['']).__name__} is the model itself, and a file needs its name"
+        raise ValueError(f"{reason}: save and load torch.nn.Sequential(model), where it is '0'")
+    adapters: dict[str, LoRA] = {layer: m.adapters[name] for layer, m in layers.items()}
+    modules = [names[path] for path in base_modules(model)]
+    whole = saved_whole(model, names, adapters)
 
     config = make_config(
         model,
         adapters={layer: adapter.config() for layer, adapter in adapters.items()},
-        linear_layers=_linear_layers(model),
-        modules_to_save={_module_to_save(parameter) for parameter in whole},
+        modules=modules,
+        modules_to_save=whole.modules_to_save,
+        bias=whole.bias,
     )
     tensors = {layer: adapter.tensors() for layer, adapter in adapters.items()}
-    base = base_of({layer: _linear_layers(model)[layer] for layer in adapters})
     folder = Path(path)
-    write_adapter(folder, SavedAdapter(name, config, tensors, whole, base))
+    saved = SavedAdapter(name, config, tensors, whole.tensors, base_of(layers), whole.trained)
+    write_adapter(folder, saved)
+    warn_of_limits(model, names, layers, config, whole)
     return folder
 
 
@@ -84,11 +102,13 @@ def load_adapter(
 ) -> Model:
     """Reads an adapter that `save_adapter` or PEFT wrote, and adds it unless the model has it.
 
-    An adapter that is added becomes the active one, as with `inject`.
+    An adapter that is added becomes the active one, as with `inject`. One that is replaced stays
+    active, or inactive.
 
     Args:
-        model: the base, dense or quantized. If it has an adapter of that name on the same layers
-            with the same ranks, that adapter is overwritten.
+        model: the base, dense or quantized. If it has an adapter of that name on the same layers,
+            that adapter is replaced; its parameters stay those that an optimizer holds, unless
+            the rank is another one.
         path: the folder.
         name: the adapter's name in the model. Default: the name that it was saved under, which is
             "default" for files of PEFT's.
@@ -101,7 +121,8 @@ def load_adapter(
         The model.
 
     Raises:
-        FileNotFoundError: one of the two files does not exist.
+        FileNotFoundError: one of the two files does not exist; adapter_model.bin, a pickle, is not
+            read.
         ValueError: the config sets an option that the adapter does not have; the tensors do not
             fit the model or the config (the first mismatches are named); a file is damaged, or the
             two do not belong together; every B is zero; the adapter was trained on another base.
@@ -113,38 +134,44 @@ def load_adapter(
         >>> load_adapter(make(), folder, allow_zero=True)[0].adapters["default"].r
         4
     """
-    folder = Path(path)
-    saved = read_adapter(folder, own_options=adapter(1, 1, r=1).config())
+    folder, names = Path(path), canonical_names(model)
+    own_options = adapter(1, 1, r=1).config()
+    saved = read_adapter(folder, own_options, known=set(names.values()))
     if not allow_zero and not saved.changes_something():
-        raise ValueError(
-            f"every B in {folder / WEIGHTS} is zero: the adapter changes nothing "
-            "(allow_zero=True to load it)"
-        )
+        raise _changes_nothing(folder)
 
     name = _checked_name(saved, folder) if name is None else name
-    names = adapter_names(model)
-    if saved.whole and names not in ([], [name]):
+    others = adapter_names(model)
+    if saved.whole and others not in ([], [name]):
         check_bare(model, "parameters trained as a whole belong to a single adapter")
 
     # Everything is made and checked here, and the model is edited below.
-    existing = _adapters(model, name) if name in names else {}
+    paths = {names[path]: path for path in linear_layers(model)}
+    layers: dict[str, Any] = {names[path]: m for path, m in linear_layers(model).items()}
+    existing = {n: m.adapters[name] for n, m in layers.items() if name in _adapters(m)}
     config = ConfigReader(saved.config, folder / CONFIG)
     try:
-        adapters = _new_adapters(model, saved, config, adapter)
-        whole, problems = whole_values(model, saved, config)
-        check_none(mismatches(model, saved, config, adapters, existing) + problems)
+        adapters = _new_adapters(layers, saved, config, adapter, own_options)
+        whole = WholeValues(model, names, saved, config, swapped=bool(existing))
+        problems = mismatches(layers, saved, config, adapters, existing)
+        check_none(problems + whole.problems)
     except (ValueError, TypeError) as error:
         kind = type(model).__name__
         raise ValueError(f"{folder} does not fit this {kind}: {error}") from error
+    if not allow_zero and not saved.trains_adapters() and not whole.changed:
+        raise _changes_nothing(folder)
     if saved.base is not None and not other_base:
-        check_base(folder, saved.base, {name: _linear_layers(model)[name] for name in adapters})
+        check_base(folder, saved.base, {layer: layers[layer] for layer in adapters})
 
     if existing:
-        _overwrite(existing, adapters)
+        _swap(model, name, {layers[layer]: made for layer, made in adapters.items()}, whole.values)
     else:
-        paths = _paths(linear_layers(model))
-        attach(model, {paths[layer]: made for layer, made in adapters.items()}, name=name)
-    _set_whole(whole)
+        attach(
+            model,
+            {paths[layer]: made for layer, made in adapters.items()},
+            name=name,
+            whole=whole.values,
+        )
     return model
 
 
@@ -190,6 +217,11 @@ def _only_name(model: nn.Module) -> str:
     return names[0] if names else "default"
 
 
+def _changes_nothing(folder: Path) -> ValueError:
+    reason = f"every B in {folder / WEIGHTS} is zero"
+    return ValueError(f"{reason}: the adapter changes nothing (allow_zero=True to load it)")
+
+
 def _checked_name(saved: SavedAdapter, folder: Path) -> str:
     """The name that an adapter was saved under."""
     if not saved.name.isprintable() or len(saved.name) > _LONGEST_NAME:
@@ -198,47 +230,35 @@ def _checked_name(saved: SavedAdapter, folder: Path) -> str:
     return saved.name
 
 
-def _module_to_save(parameter: str) -> str:
-    """The module that holds a parameter; the parameter itself if it is the model's own."""
-    return parameter.rpartition(".")[0] or parameter
-
-
-def _adapters(model: nn.Module, name: str) -> dict[str, LoRA]:
-    """The adapters of that name, by the canonical names of their layers."""
-    layers: dict[str, Any] = dict(adapted_layers(model, name))
-    return {canonical_name(path): layer.adapters[name] for path, layer in layers.items()}
-
-
-def _linear_layers(model: nn.Module) -> dict[str, Any]:
-    """The linear layers by their canonical names."""
-    return {canonical_name(path): layer for path, layer in linear_layers(model).items()}
-
-
-def _paths(names: Mapping[str, Any]) -> dict[str, str]:
-    """Canonical name -> the name that the model has for it."""
-    return {canonical_name(path): path for path in names}
+def _adapters(layer: nn.Module) -> Collection[str]:
+    """The names of a layer's adapters."""
+    return layer.adapters.keys() if isinstance(layer, LoRALayer) else ()
 
 
 @torch.no_grad()
 def _new_adapters(
-    model: nn.Module, saved: SavedAdapter, config: ConfigReader, kind: type[LoRA]
+    layers: Mapping[str, Any],
+    saved: SavedAdapter,
+    config: ConfigReader,
+    kind: type[LoRA],
+    own_options: Collection[str],
 ) -> dict[str, LoRA]:
     """An adapter with the file's values for each saved layer that the model has.
 
     The model is not changed. A tensor of another shape is left for `mismatches`.
     """
-    layers = _linear_layers(model)
-    adapters = {
-        name: kind.for_layer(
-            layers[name],
-            saved.rank(name),
-            alpha=config.alpha(name),
-            dropout=config.dropout,
-            layer_name=name,
-        )
-        for name in saved.layers
-        if name in layers
-    }
+    options = {"dropout": config.dropout} | ({"bias": True} if config.lora_bias else {})
+    adapters = {}
+    for name in saved.layers:
+        if name in layers:
+            r, alpha = saved.rank(name), config.alpha(name)
+            if config.use_rslora and "use_rslora" not in own_options:
+                # alpha / sqrt(r), as the scaling alpha / r of an adapter that knows this one alone.
+                alpha *= math.sqrt(r)
+            adapters[name] = kind.for_layer(
+                layers[name], r, alpha=alpha, layer_name=name, **options
+            )
+
     for name, adapter in adapters.items():
         for end, parameter in adapter.tensors().items():
             value = saved.layers[name].get(end)
@@ -248,18 +268,33 @@ def _new_adapters(
 
 
 @torch.no_grad()
-def _overwrite(existing: Mapping[str, LoRA], adapters: Mapping[str, LoRA]) -> None:
-    """Gives adapters the values of others. An optimizer may hold their parameters, which stay."""
-    for layer, new in adapters.items():
-        old = existing[layer]
-        old.alpha, old.dropout = new.alpha, new.dropout
-        values = new.tensors()
-        for end, parameter in old.tensors().items():
-            parameter.copy_(values[end])
+def _swap(
+    model: nn.Module, name: str, adapters: Mapping[Any, LoRA], values: Mapping[str, Tensor]
+) -> None:
+    """Gives the adapter of that name other values.
+
+    An optimizer may hold its parameters, which stay unless the rank is another one.
+    """
+    trained = whole_parameters(model)
+    added = new_parameters(model, {path: v for path, v in values.items() if path not in trained})
+    with undone_on_error(model):
+        for layer, new in adapters.items():
+            old = layer.adapters[name]
+            values_of_new = new.tensors()
+            if _shapes(old) == _shapes(new):
+                old.alpha, old.dropout = new.alpha, new.dropout
+                for end, parameter in old.tensors().items():
+                    parameter.copy_(values_of_new[end])
+            else:
+                new.requires_grad_(old.A.requires_grad)
+                layer.adapters[name] = new.train(layer.training)
+        for path, value in values.items():
+            if path in trained:
+                trained[path].copy_(value)
+        add_whole(model, added)
+        # An adapter that is not active stays so.
+        place_whole(model, trained=any(m.active for m in adapted_layers(model).values()))
 
 
-@torch.no_grad()
-def _set_whole(values: list[tuple[nn.Parameter, Tensor]]) -> None:
-    for parameter, value in values:
-        parameter.copy_(value)
-        parameter.requires_grad_(True)
+def _shapes(adapter: LoRA) -> dict[str, Any]:
+    return {end: tensor.shape for end, tensor in adapter.tensors().items()}

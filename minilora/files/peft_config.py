@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from minilora.files.json_file import read_json
+from minilora.files.peft_targets import target_modules
 from minilora.files.peft_values import check_values
 from minilora.files.text import shown, shown_value
-from minilora.targets import is_named
 
 CONFIG = "adapter_config.json"
 
@@ -24,9 +24,13 @@ _READ = frozenset(
         "r",
         "lora_alpha",
         "lora_dropout",
+        "lora_bias",
+        "use_rslora",
         "rank_pattern",
         "alpha_pattern",
+        "bias",
         "modules_to_save",
+        "ensure_weight_tying",
         "target_modules",
         "exclude_modules",
         "layers_to_transform",
@@ -42,7 +46,6 @@ _HARMLESS = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "corda_config",
-        "ensure_weight_tying",
         "eva_config",
         "inference_mode",
         "init_lora_weights",
@@ -57,28 +60,42 @@ _HARMLESS = frozenset(
     }
 )
 
-# These initializations move a part of the base's weights into the adapter. On the unchanged base
-# such an A and B compute a different model.
-_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What an adapter of any class may say of itself. What else it says makes it a variant.
+_PLAIN = frozenset({"r", "lora_alpha", "lora_dropout", "lora_bias"})
+
+# Initializations that leave the base's weights as they are. Others (pissa, olora, corda, loftq,
+# lora_ga) move a part of them into the adapter: on the unchanged base such an A and B compute a
+# different model.
+_INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+_CONVERT = (
+    " (save it from PEFT with save_pretrained(..., path_initial_model_for_weight_conversion=...), "
+    "which writes a plain LoRA for the unchanged base)"
+)
 
 
 def make_config(
     model: nn.Module,
     adapters: Mapping[str, Mapping[str, Any]],
-    linear_layers: Collection[str],
-    modules_to_save: Collection[str],
+    modules: Collection[str],
+    modules_to_save: Collection[str] = (),
+    bias: str = "none",
 ) -> dict[str, Any]:
     """Returns the contents of adapter_config.json.
 
     Args:
         model: the adapted model, for its class and the name that it was loaded from.
-        adapters: layer name -> what the layer's adapter says of itself in PEFT's options. What
-            most layers share with the first one is written once; ranks and alphas that differ
-            from it become patterns.
-        linear_layers: the names of all linear layers of the model.
+        adapters: layer name -> what the layer's adapter says of itself in PEFT's options. Ranks
+            and alphas that differ from those of the first one become patterns.
+        modules: the names of all modules of the model without adapters.
         modules_to_save: modules that were trained whole, and parameters of the model itself.
+        bias: which biases were trained: "none", "lora_only" or "all".
+
+    Raises:
+        ValueError: the adapters differ in what a config says once for all of them.
     """
     shared = next(iter(adapters.values()))
+    _check_alike(adapters)
     source = getattr(getattr(model, "config", None), "_name_or_path", None)
     causal = type(model).__name__.endswith("ForCausalLM")
 
@@ -86,9 +103,9 @@ def make_config(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if causal else None,
         "base_model_name_or_path": source or None,
-        "target_modules": _target_modules(adapters, linear_layers),
+        "target_modules": target_modules(adapters, modules),
         "modules_to_save": sorted(modules_to_save) or None,
-        "bias": "none",
+        "bias": bias,
         "fan_in_fan_out": False,
         "use_rslora": False,
         "use_dora": False,
@@ -111,13 +128,16 @@ def _exceptions(
     }
 
 
-def _target_modules(adapted: Collection[str], linear_layers: Collection[str]) -> list[str] | str:
-    """Short names if they mean exactly the adapted layers, otherwise a pattern of full names."""
-    short = sorted({name.rpartition(".")[2] for name in adapted})
-    meant = {name for name in linear_layers if any(is_named(name, part) for part in short)}
-    if meant == set(adapted):
-        return short
-    return "|".join(map(re.escape, sorted(adapted)))
+def _check_alike(adapters: Mapping[str, Mapping[str, Any]]) -> None:
+    (first, expected), *others = adapters.items()
+    for name, config in others:
+        for option in sorted({*expected, *config} - {"r", "lora_alpha"}):
+            if config.get(option) != expected.get(option):
+                values = f"{option} is {config.get(option)} for {name}"
+                raise ValueError(
+                    f"{values} and {expected.get(option)} for {first}: an adapter's files say it "
+                    "once for all layers. Save the layers as two adapters"
+                )
 
 
 def config_file(folder: Path) -> Path:
@@ -175,26 +195,30 @@ def read_config(path: Path, own_options: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{path}: peft_type is {shown(repr(kind))}, minilora reads 'LORA'")
     check_values(config, path)
 
-    variant = {option: own_options[option] for option in own_options if option not in _READ}
+    variant = {option: own_options[option] for option in own_options if option not in _PLAIN}
     missing = {option: value for option, value in variant.items() if config.get(option) != value}
     if missing:
         raise ValueError(f"{path} is not of that class of adapter: no {_listed(missing)}")
     if refused := _refused_options(config, variant):
-        raise ValueError(f"{path} sets options that minilora does not support: {_listed(refused)}")
+        raise ValueError(
+            f"{path} sets options that minilora does not support: {_listed(refused)}"
+            + (_CONVERT if "init_lora_weights" in refused else "")
+        )
     return config
 
 
 def _refused_options(config: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, Any]:
-    understood = _READ | _HARMLESS | variant.keys()
+    # A plain adapter can have any scaling; what a variant makes of it is not known.
+    understood = (_READ - ({"use_rslora"} if variant else set())) | _HARMLESS | variant.keys()
     refused = {
         option: value for option, value in config.items() if option not in understood and value
     }
-    if refused.get("bias") == "none":
-        del refused["bias"]
-
-    initialization = config.get("init_lora_weights")
-    if str(initialization).startswith(_MOVES_THE_BASE):
-        refused["init_lora_weights"] = initialization
+    start = config.get("init_lora_weights")
+    known = isinstance(start, str | bool | None) and (
+        (start.lower() if isinstance(start, str) else start) in _INITIALIZATIONS
+    )
+    if start and not known:
+        refused["init_lora_weights"] = start
     return refused
 
 

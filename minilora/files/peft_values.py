@@ -49,11 +49,19 @@ def _layer_indices(value: Any) -> bool:
     return type(value) is int or _list_of(lambda item: type(item) is int)(value)
 
 
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool
+
+
 # Option -> its check, and what it has to be. None stands for the default.
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "a whole number from 1"),
     "lora_alpha": (_is_alpha, "a positive, finite number"),
     "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a probability below 1"),
+    "lora_bias": (_is_flag, "true or false"),
+    "use_rslora": (_is_flag, "true or false"),
+    "ensure_weight_tying": (_is_flag, "true or false"),
+    "bias": (lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
     "rank_pattern": (_dict_of(_is_rank), "a dict of whole numbers from 1"),
     "alpha_pattern": (_dict_of(_is_alpha), "a dict of positive, finite numbers"),
     "modules_to_save": (_list_of(_is_name), "a list of names"),
@@ -93,6 +101,26 @@ class ConfigReader:
         return float(self._config.get("lora_dropout", 0))
 
     @property
+    def lora_bias(self) -> bool:
+        """Whether B has a bias."""
+        return bool(self._config.get("lora_bias", False))
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether the scaling is alpha / sqrt(r) (arXiv:2312.03732)."""
+        return bool(self._config.get("use_rslora", False))
+
+    @property
+    def bias(self) -> str:
+        """Which biases of the model were trained: "none", "lora_only" or "all"."""
+        return str(self._config.get("bias", "none"))
+
+    @property
+    def ties_weights(self) -> bool:
+        """Whether what is tied to a module of `modules_to_save` was trained with it."""
+        return bool(self._config.get("ensure_weight_tying", False))
+
+    @property
     def modules_to_save(self) -> list[str]:
         """The modules, and parameters of the model itself, that were trained whole."""
         return list(self._config.get("modules_to_save", []))
@@ -116,13 +144,17 @@ class ConfigReader:
 
     def names_targets(self) -> bool:
         """Whether the config says which layers have an adapter."""
-        return self._config.get("target_modules", "all-linear") not in ("all-linear", [])
+        targets = self._config.get("target_modules", [])
+        return targets != [] and not (isinstance(targets, str) and targets.lower() == "all-linear")
 
     def targets(self, layer: str) -> bool:
         """Whether `target_modules` means a layer, and no other option leaves it out."""
         target_modules = self._config["target_modules"]
         excluded = self._config.get("exclude_modules", [])
         if not self._is_meant(layer, target_modules) or self._is_meant(layer, excluded):
+            return False
+        # PEFT gives no adapter to what it saves whole.
+        if any(f".{module}." in f".{layer}." for module in self.modules_to_save):
             return False
         if isinstance(target_modules, str) or layer in target_modules:
             return True

@@ -7,5 +7,8 @@ from minilora.huggingface.generation import generate as generate
 from minilora.huggingface.generation import generate_batch as generate_batch
 from minilora.huggingface.generation import stream as stream
 from minilora.huggingface.loading import load_dense as load_dense
+from minilora.huggingface.pretrained import load as load
 from minilora.huggingface.sampling import GREEDY as GREEDY
 from minilora.huggingface.sampling import Sampling as Sampling
+from minilora.huggingface.trainer import AdapterCheckpoints as AdapterCheckpoints
+from minilora.huggingface.trainer import checkpoint_adapters as checkpoint_adapters

@@ -1,9 +1,6 @@
-"""Loading a dense model and its tokenizer."""
+"""Loading a dense causal language model and its tokenizer."""
 
-import ctypes
-import gc
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +10,19 @@ import torch
 from torch import nn
 
 from minilora.huggingface.bundled import DEMO_MODEL, bundled_model_folder
+from minilora.huggingface.checkpoint_files import (
+    check_dense,
+    return_freed_memory,
+    stored_dtypes,
+)
 from minilora.huggingface.messages import one_line
-from minilora.huggingface.model_folder import check_architecture, check_weights, read_config
+from minilora.huggingface.model_folder import (
+    CONFIG,
+    check_architecture,
+    check_weights,
+    has_weights,
+    read_config,
+)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -78,6 +86,8 @@ def load_dense(
             quantized already, needs code that is not allowed, or its weights are pickled, do not
             fit its config, or give logits that are not finite.
     """
+    from transformers import AutoModelForCausalLM
+
     device = device or torch.device("cpu")
     path = bundled_model_folder() if str(source) == DEMO_MODEL else source
     # What the config describes, without memory: it may be another model than the weights are of.
@@ -85,15 +95,16 @@ def load_dense(
     if Path(path).is_dir():
         check_weights(Path(path))
 
-    with _named_errors(source):
-        model, tokenizer = _from_pretrained(path, dtype or best_dtype(device), trust_remote_code)
-        model = model.to(device)
-        _try_out(model)
-    model.config._name_or_path = _recorded_name(source)
+    with named_errors(source):
+        tokenizer = read_tokenizer(path, trust_remote_code)
+        options = {"dtype": dtype or best_dtype(device), "trust_remote_code": trust_remote_code}
+        model = read_model(AutoModelForCausalLM, path, **options).to(device)
+        try_out(model)
+    model.config._name_or_path = recorded_name(source)
     return model, tokenizer
 
 
-def _recorded_name(source: str | Path) -> str:
+def recorded_name(source: str | Path) -> str:
     """What the files of the model's adapters call their base.
 
     A folder by its full path, which means the same folder wherever it is read; the bundled model by
@@ -117,7 +128,7 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False) -> Any:
 
     path = bundled_model_folder() if str(source) == DEMO_MODEL else source
     read_config(path, trust_remote_code)
-    with _named_errors(source):
+    with named_errors(source):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
@@ -136,12 +147,12 @@ def empty_model(source: Any, *, trust_remote_code: bool = False) -> nn.Module:
     trust: Any = {"trust_remote_code": trust_remote_code}
     model: nn.Module
     if not isinstance(source, str | os.PathLike):
-        with _named_errors(type(source).__name__), torch.device("meta"):
+        with named_errors(type(source).__name__), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(source, **trust)
         return model
 
     contents = read_config(Path(source), trust_remote_code)
-    with _named_errors(source), torch.device("meta"):
+    with named_errors(source), torch.device("meta"):
         config = AutoConfig.from_pretrained(source, **trust)
         model = AutoModelForCausalLM.from_config(config, **trust)
         check_architecture(contents, model)
@@ -149,44 +160,71 @@ def empty_model(source: Any, *, trust_remote_code: bool = False) -> nn.Module:
 
 
 @contextmanager
-def _named_errors(source: object) -> Iterator[None]:
+def named_errors(source: object, kind: str = " as a causal language model") -> Iterator[None]:
     """Errors inside the block name the model. A folder can make transformers raise almost any."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise ValueError(
-            f"{one_line(source)} cannot be loaded as a causal language model: {_reason(error)}"
-        ) from error
+        raise ValueError(f"{one_line(source)} cannot be loaded{kind}: {_reason(error)}") from error
 
 
-def _from_pretrained(
-    path: str | Path, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def read_tokenizer(path: str | Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    model, found = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-        trust_remote_code=trust_remote_code,
-    )
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
-    # transformers fills what is missing with random numbers, and ignores what is left over.
+
+def read_model(cls: Any, path: str | Path, **options: Any) -> Any:
+    """A model by `cls.from_pretrained`. Raises ValueError unless its weights fit its config."""
+    from safetensors import SafetensorError
+
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    try:
+        # Another shape is an error below, which names the tensor.
+        model, found = cls.from_pretrained(path, ignore_mismatched_sizes=True, **options)
+    except SafetensorError:
+        # It does not say which file is damaged.
+        stored_dtypes(_weight_files(path))
+        raise
+
+    # transformers fills what is missing, or has another shape, with random numbers, and ignores
+    # what is left over.
     for kind, means in _MISFITS.items():
-        if names := sorted(map(str, found.get(kind) or ())):
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        if misfits := sorted(map(_described, found.get(kind) or ())):
+            more = f" and {len(misfits) - 1} more" if len(misfits) > 1 else ""
             raise ValueError(
-                f"its weights do not fit its config.json, which {means} {names[0]}{more}"
+                f"its weights do not fit its config.json, which {means} {misfits[0]}{more}"
             )
-    return model, tokenizer
+    # A quantizer has checked what it reads.
+    if getattr(model, "hf_quantizer", None) is None:
+        check_dense(_weight_files(path), model)
+    return model
+
+
+def _weight_files(path: str | Path) -> list[Path]:
+    """The weights of a folder, or of a hub id that has been loaded and is in the cache."""
+    from transformers.utils import cached_file
+
+    if Path(path).is_dir():
+        return check_weights(Path(path))
+    config = cached_file(str(path), CONFIG, local_files_only=True)
+    snapshot = Path(config).parent
+    # transformers may have read what the hub converted, which is kept elsewhere.
+    return check_weights(snapshot) if has_weights(snapshot) else []
+
+
+def _described(misfit: Any) -> str:
+    """A tensor's name; with both shapes, if transformers says them."""
+    if isinstance(misfit, str):
+        return misfit
+    name, stored, needed = misfit
+    return f"{name}: {tuple(needed)} instead of {tuple(stored)}"
 
 
 @torch.no_grad()
-def _try_out(model: Any) -> None:
+def try_out(model: Any) -> None:
     """Computes one token: much of what is wrong in a config shows only then."""
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     if not model(input_ids=token).logits.isfinite().all():
@@ -195,8 +233,8 @@ def _try_out(model: Any) -> None:
 
 # What transformers says of a loaded checkpoint -> what it means.
 _MISFITS = {
+    "mismatched_keys": "needs another shape of",
     "missing_keys": "needs",
-    "mismatched_keys": "has another shape for",
     "unexpected_keys": "has no place for",
 }
 
@@ -216,10 +254,4 @@ def release_checkpoint_memory(model: nn.Module) -> None:
     for p in model.parameters():
         if p.is_floating_point():
             p.data = p.data.clone()
-    gc.collect()
-
-    # glibc has malloc_trim, musl does not.
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    return_freed_memory()

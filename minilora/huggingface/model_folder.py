@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.files.json_file import read_json
+from minilora.huggingface.checkpoint_files import check_same
 from minilora.huggingface.messages import one_line
 
 CONFIG = "config.json"
@@ -36,13 +37,22 @@ _MOST = 10_000
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def read_config(source: str | Path, trust_remote_code: bool = False) -> dict[str, Any]:
+def read_config(
+    source: str | Path,
+    trust_remote_code: bool = False,
+    *,
+    allow_4bit: bool = False,
+    causal: bool = True,
+) -> dict[str, Any]:
     """Returns the config of a model's folder or hub id, after all checks; no weights are read.
 
     Args:
         source: a folder or a hub id.
         trust_remote_code: allow implementations that the config names and transformers does not
             have.
+        allow_4bit: accept a model that bitsandbytes, or `minilora.save_quantized`, has put in 4
+            bits.
+        causal: it has to be a causal language model.
 
     Raises:
         ValueError: there is no readable config; the model is quantized already, is not a causal
@@ -60,8 +70,25 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> dict[str
     else:
         config = _hub_config(source)
 
-    _check_config(source, config, trust_remote_code)
+    readable = allow_4bit and is_4bit(config)
+    rest = {**config, "quantization_config": None} if readable else config
+    _check_config(source, rest, trust_remote_code)
+    if causal:
+        _check_causal(source, config)
     return config
+
+
+def is_4bit(config: Mapping[str, Any]) -> bool:
+    """Whether a model's config says that its layers are in bitsandbytes' 4 bits.
+
+    Example:
+        >>> is_4bit({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+        True
+    """
+    found = config.get("quantization_config")
+    if not isinstance(found, Mapping):
+        return False
+    return found.get("quant_method") == "bitsandbytes" and found.get("load_in_4bit") is True
 
 
 def is_hub_id(name: str) -> bool:
@@ -100,21 +127,24 @@ def _check_config(source: str | Path, config: Mapping[str, Any], trust: bool) ->
             count = f"{one_line(key, 40)}={one_line(value, 40)}"
             raise ValueError(f"{source} cannot be a model: its {CONFIG} says {count}")
 
+    if not trust:
+        _check_implementations(source, config)
+
+
+def _check_causal(source: str | Path, config: Mapping[str, Any]) -> None:
     architectures = config.get("architectures")
     if any(str(name).endswith("ForMaskedLM") for name in _as_list(architectures)):
         raise ValueError(
             f"{source} is not a causal language model: its {CONFIG} says "
             f"architectures={one_line(architectures, 80)}"
         )
-    if not trust:
-        _check_implementations(source, config)
 
 
 def _refuse_quantized(source: str | Path, key: str, value: Any) -> None:
     method = one_line(value.get("quant_method") if isinstance(value, Mapping) else value, 80)
     raise ValueError(
-        f"{source} is quantized already ({key} in its {CONFIG}: {method}), which cannot be read "
-        "yet: give the model's 16-bit original"
+        f"{source} is quantized already ({key} in its {CONFIG}: {method}): give the model's 16-bit "
+        "original. Of quantized models, minilora.load reads those in bitsandbytes' 4 bits"
     )
 
 
@@ -184,11 +214,30 @@ def _check_files(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def check_weights(folder: Path) -> None:
-    """Raises ValueError unless a folder has safetensors weights, all of them inside it."""
-    if (folder / _WEIGHTS).is_file():
-        return
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has safetensors weights; what they hold is not looked at."""
+    return (folder / _WEIGHTS).is_file() or (folder / _INDEX).is_file()
 
+
+def check_weights(folder: Path) -> list[Path]:
+    """Returns the safetensors files that hold a folder's weights: a single one, or shards.
+
+    Raises:
+        ValueError: there are none, or they are not in the folder; or there are both and they
+            differ, as after saving a model in shards where another one had been saved. Readers
+            take the single file, which would be the old one.
+    """
+    single = folder / _WEIGHTS
+    if not single.is_file():
+        return _shards(folder)
+    if (folder / _INDEX).is_file():
+        # Some models are published as both, and a folder may have an index alone.
+        named = {folder / name for name in _named_by_index(folder)} - {single}
+        check_same(single, sorted(path for path in named if path.is_file()))
+    return [single]
+
+
+def _shards(folder: Path) -> list[Path]:
     if not (folder / _INDEX).is_file():
         pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
         if pickled:
@@ -198,17 +247,26 @@ def check_weights(folder: Path) -> None:
             )
         raise ValueError(f"{folder} has no weights: neither {_WEIGHTS} nor {_INDEX}")
 
+    names = _named_by_index(folder)
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / one_line(name, 80)} does not exist; {_INDEX} names it")
+    return [folder / name for name in names]
+
+
+def _named_by_index(folder: Path) -> list[str]:
+    """The names of the files in a folder's index."""
     shards = read_json(folder / _INDEX, _MOST_BYTES).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"{folder / _INDEX} has no weight_map: no tensor can be found")
-    for name in {str(shard) for shard in shards.values()}:
+    names = sorted({str(shard) for shard in shards.values()})
+    for name in names:
         if name != Path(name).name or not name.endswith(".safetensors"):
             raise ValueError(
                 f"{folder / _INDEX} names {one_line(name, 80)}, which is not a safetensors file in "
                 "its folder"
             )
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / one_line(name, 80)} does not exist; {_INDEX} names it")
+    return names
 
 
 def _refuse_adapter(source: str | Path) -> None:

@@ -7,6 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from minilora.checks import (
+    check_bare,
+    check_can_be_adapted,
+    check_can_be_quantized,
+    warn_of_unreached,
+)
 from minilora.kernels.reference.nf4 import GROUP
 from minilora.layers import NF4Linear
 from minilora.lora import check_options
@@ -14,14 +20,17 @@ from minilora.nf4 import check_format
 from minilora.reports.formatting import format_bytes
 from minilora.reports.pictures import stacked_bar
 from minilora.reports.tables import Table, group_layers
-from minilora.surgery import check_bare, check_can_be_adapted, check_can_be_quantized
+from minilora.surgery import Pattern
 from minilora.targets import (
-    DEFAULT_EXCLUDE,
     Targets,
+    by_pattern,
+    in_blocks,
+    kept_in_float32,
     linear_layers,
     select_layers,
-    select_parameters,
+    unreached_matrices,
 )
+from minilora.whole import select_parameters
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Row:
     Attributes:
         name: the layer's full name.
         out_features, in_features: the size of its weight, [out, in].
-        adapter_parameters: r (in + out).
+        adapter_parameters: r (in + out), and out more for the bias of B.
         base_bytes: memory of the frozen weight.
     """
 
@@ -52,6 +61,8 @@ class Plan:
         quantize: whether layers would be in NF4.
         rows: the layers that would get an adapter.
         left_out: linear layers that would not.
+        unreached: parameters in matrices outside of linear layers, as those of a mixture's experts:
+            they stay dense and get no adapter.
         parameters: the model's parameters; a tied one counts once.
         trainable: the parameters that would be trained.
         bytes: memory by kind: "quantized", "dense" (whatever is not quantized), "adapters",
@@ -63,6 +74,7 @@ class Plan:
     quantize: bool
     rows: tuple[Row, ...]
     left_out: tuple[str, ...]
+    unreached: int
     parameters: int
     trainable: int
     bytes: dict[str, int]
@@ -92,6 +104,10 @@ class Plan:
         below = [f"total {format_bytes(self.total_bytes)}, plus activations"]
         if self.left_out:
             below.insert(0, f"no adapter: {_shortened(self.left_out)}")
+        if self.unreached:
+            share = self.unreached / self.parameters
+            kept = f"{self.unreached:,} parameters ({share:.0%}) outside of linear layers"
+            below.insert(0, f"no adapter, not quantized: {kept}, as the experts of a mixture")
 
         head = ("layer", "out x in", "count", "adapter", "base")
         return Table(title, head, tuple(rows), tuple(below))
@@ -141,22 +157,29 @@ def plan(
     *,
     alpha: float | None = None,
     targets: Targets = "all-linear",
-    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    exclude: Targets = (),
+    rank_pattern: Mapping[Pattern, int] | None = None,
+    alpha_pattern: Mapping[Pattern, float] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    lora_bias: bool = False,
     train_also: Sequence[str] = (),
     quantize: bool | Targets = True,
     block_size: int = 64,
     double_quant: bool = True,
+    strict: bool = False,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Returns what `quantize` and `inject` would do with these arguments, and the memory of a run.
 
-    Nothing is changed.
+    Nothing is changed. Stacked matrices, as the experts of a mixture, which neither of the two
+    reaches, are counted and warned of.
 
     Args:
         model: a module on any device, the meta device included; a transformers config; or a
             folder or hub id, of which only the config is read.
-        r, alpha, targets, exclude, train_also: as for `inject`.
-        quantize: True: the layers with an adapter are in NF4. False: the base stays as it is.
+        r, alpha, targets, exclude, rank_pattern, alpha_pattern, layers_to_transform, lora_bias,
+            train_also, strict: as for `inject`.
+        quantize: True: what `targets` and `exclude` mean is in NF4. False: the base stays as it is.
             Targets: these layers are in NF4, whichever get an adapter (`finetune` quantizes
             "all-linear").
         block_size, double_quant: as for `quantize`.
@@ -164,7 +187,7 @@ def plan(
 
     Raises:
         ValueError, TypeError: what `quantize` and `inject` would raise, such as a target that
-            matches nothing or a rank that a layer cannot have.
+            matches nothing, or matrices outside of linear layers with strict=True.
 
     Example:
         >>> p = plan(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8)), r=4)
@@ -174,18 +197,28 @@ def plan(
     check_format(block_size, "nf4")
     name, model = _named_model(model, trust_remote_code)
 
-    adapted = _layers_to_adapt(model, r, alpha, targets, exclude)
+    adapted = select_layers(model, targets, exclude)
+    if layers_to_transform is not None:
+        adapted = in_blocks(adapted, layers_to_transform)
+    ranks = _checked_ranks(model, adapted, r, alpha, rank_pattern, alpha_pattern)
     quantized_targets = targets if quantize is True else quantize
     to_quantize = _layers_to_quantize(model, quantized_targets, exclude)
     in_nf4 = to_quantize | _quantized_layers(model)
-    also = select_parameters(model, train_also)
+    named = select_parameters(model, train_also)
+    also = list({id(p): p for p in named.values()}.values())
 
     base_bytes = _base_bytes(adapted | in_nf4, in_nf4.keys(), block_size, double_quant)
-    rows = tuple(_row(path, layer, r, base_bytes[path]) for path, layer in adapted.items())
+    rows = tuple(
+        _row(path, layer, ranks[path], lora_bias, base_bytes[path])
+        for path, layer in adapted.items()
+    )
     adapter_parameters = sum(row.adapter_parameters for row in rows)
     gradients = 4 * adapter_parameters + sum(p.nbytes for p in also)
-    dense = sum(p.nbytes for p in model.parameters())
+    # What is trained whole has a copy beside the base's.
+    dense = sum(p.nbytes for p in model.parameters()) + sum(p.nbytes for p in also)
     dense -= sum(layer.weight.nbytes for layer in in_nf4.values())
+
+    warn_of_unreached(model, targets, strict, "quantized or adapted", stacklevel=3)
 
     return Plan(
         model=name,
@@ -193,6 +226,7 @@ def plan(
         quantize=bool(to_quantize),
         rows=rows,
         left_out=tuple(path for path in linear_layers(model) if path not in adapted),
+        unreached=sum(p.numel() for p in unreached_matrices(model).values()),
         parameters=_count_parameters(model),
         trainable=adapter_parameters + sum(p.numel() for p in also),
         bytes={
@@ -205,27 +239,32 @@ def plan(
     )
 
 
-def _layers_to_adapt(
-    model: nn.Module, r: int, alpha: float | None, targets: Targets, exclude: Sequence[str]
-) -> dict[str, Any]:
-    """The layers that `inject` would change, after its checks."""
-    chosen = select_layers(model, targets, exclude)
-    check_can_be_adapted(model, chosen, "default")
+def _checked_ranks(
+    model: nn.Module,
+    adapted: Mapping[str, Any],
+    r: int,
+    alpha: float | None,
+    rank_pattern: Mapping[Pattern, int] | None,
+    alpha_pattern: Mapping[Pattern, float] | None,
+) -> dict[str, int]:
+    """The rank that each layer's adapter would have, after the checks of `inject`."""
+    check_can_be_adapted(model, adapted, "default")
     check_bare(model)
 
-    alpha = 2 * r if alpha is None else alpha
-    for name, layer in chosen.items():
-        check_options(layer.in_features, layer.out_features, r, alpha, 0.0, name)
-    return chosen
+    ranks = dict.fromkeys(adapted, r) | by_pattern(adapted, rank_pattern, "rank_pattern")
+    alphas = by_pattern(adapted, alpha_pattern, "alpha_pattern")
+    for name, rank in ranks.items():
+        check_options(rank, alphas.get(name, alpha), 0.0, name)
+    return ranks
 
 
 def _layers_to_quantize(
-    model: nn.Module, targets: bool | Targets, exclude: Sequence[str]
+    model: nn.Module, targets: bool | Targets, exclude: Targets
 ) -> dict[str, Any]:
     """The layers that `quantize` would change, after its checks; layers in NF4 stay in NF4."""
     if isinstance(targets, bool):
         return {}
-    chosen = select_layers(model, targets, exclude)
+    chosen = select_layers(model, targets, exclude, kept_in_float32(model))
     already = _quantized_layers(model)
     dense = {name: layer for name, layer in chosen.items() if name not in already}
     check_can_be_quantized(model, dense)
@@ -237,12 +276,13 @@ def _quantized_layers(model: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in layers.items() if isinstance(layer, NF4Linear)}
 
 
-def _row(name: str, layer: Any, r: int, base_bytes: int) -> Row:
+def _row(name: str, layer: Any, r: int, lora_bias: bool, base_bytes: int) -> Row:
+    bias = layer.out_features if lora_bias else 0
     return Row(
         name=name,
         out_features=layer.out_features,
         in_features=layer.in_features,
-        adapter_parameters=r * (layer.in_features + layer.out_features),
+        adapter_parameters=r * (layer.in_features + layer.out_features) + bias,
         base_bytes=base_bytes,
     )
 

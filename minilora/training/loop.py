@@ -10,11 +10,13 @@ checkpoints and `Result.history` contain every field.
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
 
+from minilora.huggingface.bypassed import refuse_bypassed
 from minilora.optim.adamw import PagedAdamW
 from minilora.optim.retry import retry_on_oom
 from minilora.surgery import adapter_parameters
@@ -95,6 +97,7 @@ def train(
 
     Raises:
         ValueError: an adapter got no gradient in the first step.
+        TypeError: the model reads the weight of an adapted layer without calling the layer.
         FloatingPointError: a loss or a gradient is NaN or infinite. The message names the batch;
             the parameters are those before the step.
     """
@@ -111,9 +114,10 @@ def train(
 
         picked = pick_examples(examples, config, step)
         backward = partial(forward_backward, model, picked, config, step, pad=pad)
-        loss = retry_on_oom(backward, optimizer)
-        if step == done:
-            check_gradients(model)
+        with refuse_bypassed(model) if step == done else nullcontext():
+            loss = retry_on_oom(backward, optimizer)
+            if step == done:
+                check_gradients(model)
 
         norm = nn.utils.clip_grad_norm_(parameters, config.clip).item()
         check_finite(norm, "the norm of the gradients", step, picked)

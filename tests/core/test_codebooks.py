@@ -57,7 +57,31 @@ def test_the_8_bit_map_has_the_same_bits_on_a_processor_without_vector_instructi
     assert done.stdout.strip() == str(codebooks.MAP8.view(torch.int32).tolist())
 
 
-@pytest.mark.parametrize("levels", [NF4, codebooks.MAP8], ids=["nf4", "map8"])
+@pytest.mark.parametrize("quant_type", codebooks.CODEBOOKS)
+def test_levels_are_those_of_bitsandbytes_code_for_code(quant_type: str) -> None:
+    bnb: Any = pytest.importorskip(
+        "bitsandbytes.functional", reason="the levels are compared with bitsandbytes'"
+    )
+    expected = bnb.get_4bit_type(quant_type, device="cpu")
+    assert same_bits(codebooks.levels(quant_type), expected)
+
+
+def test_the_codes_of_fp4_are_a_sign_and_a_magnitude_in_no_order() -> None:
+    levels = codebooks.levels("fp4")
+    assert torch.equal(levels[8:], -levels[:8])
+    assert (levels == 0).nonzero().flatten().tolist() == [0, 8]
+    assert not levels.signbit()[8], "the second zero is 0, not -0"
+
+    codes = codebooks.ascending_codes("fp4")
+    assert codes.tolist() == [11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3]
+    assert (levels[codes.int()].diff() >= 0).all()
+    assert codebooks.ascending_codes("nf4").tolist() == list(range(16))
+
+
+SORTED = {"nf4": NF4, "fp4": codebooks.levels("fp4").sort().values, "map8": codebooks.MAP8}
+
+
+@pytest.mark.parametrize("levels", SORTED.values(), ids=SORTED)
 def test_thresholds_are_midpoints_rounded_to_float32(levels: Tensor) -> None:
     # The sum of two neighbours is exact in float64, so this is the midpoint rounded once.
     exact = (levels[:-1].double() + levels[1:].double()) / 2
@@ -65,5 +89,5 @@ def test_thresholds_are_midpoints_rounded_to_float32(levels: Tensor) -> None:
 
 
 def test_an_unknown_quantization_type_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="quant_type='fp4': there is a codebook for 'nf4'"):
-        codebooks.levels("fp4")
+    with pytest.raises(ValueError, match="quant_type='nf3': there is a codebook for 'nf4', 'fp4'"):
+        codebooks.levels("nf3")

@@ -206,8 +206,8 @@ def test_a_layer_that_cannot_carry_an_adapter_is_refused_by_name(kind: str) -> N
 
 
 OUT_OF_RANGE = [
-    *(("r", r) for r in (0, -1, 13, 2.0, "8", None)),
-    *(("alpha", alpha) for alpha in (0.0, -1.0, math.inf, math.nan)),
+    *(("r", r) for r in (0, -1, True, 2.0, "8", None)),
+    *(("alpha", alpha) for alpha in (0.0, -1.0, math.inf, math.nan, "4")),
     *(("dropout", p) for p in (-0.1, 1.0, 1.5, math.nan)),
 ]
 

@@ -345,9 +345,9 @@ def test_a_weight_that_cannot_be_quantized_is_refused_by_name(
             for size in BLOCK_SIZES_REFUSED
         ),
         (
-            lambda: minilora.quantize_nf4(ONES, quant_type="fp4"),
+            lambda: minilora.quantize_nf4(ONES, quant_type="nf3"),
             ValueError,
-            "quant_type='fp4'.*'nf4'",
+            "quant_type='nf3'.*'nf4', 'fp4'",
         ),
         (
             lambda: minilora.dequantize_nf4(minilora.quantize_nf4(ONES), torch.uint8),

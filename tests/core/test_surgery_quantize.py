@@ -96,11 +96,6 @@ UNFIT: dict[str, tuple[Spoil, type[Exception], str]] = {
         ValueError,
         r"^up shares its weight.*head\.weight.*exclude",
     ),
-    "tied to an embedding": (
-        embedded,
-        ValueError,
-        r"^down shares its weight.*embed\.weight.*exclude",
-    ),
     "NaN": (nan, ValueError, r"^down\.weight holds NaN"),
     "infinity": (infinite, ValueError, r"^down\.weight holds NaN or infinity"),
     "meta": (meta, ValueError, r"^down\.weight is on the meta device"),
@@ -130,7 +125,7 @@ def test_a_refused_quantize_names_the_layer_and_leaves_the_model_as_it_was(case:
     [
         ({"targets": "dowm"}, "'dowm' matches no linear layer.*'down'"),
         ({"block_size": 48}, "block_size=48"),
-        ({"quant_type": "fp4"}, "quant_type='fp4'"),
+        ({"quant_type": "nf3"}, "quant_type='nf3'"),
     ],
 )
 def test_a_wrong_argument_is_refused_and_leaves_the_model_as_it_was(
@@ -145,6 +140,15 @@ def test_a_wrong_argument_is_refused_and_leaves_the_model_as_it_was(
 
 def test_what_is_refused_can_be_left_out() -> None:
     model = small()
+    tied(model)
+    assert type(minilora.quantize(model, exclude=["up", "head"])["down"]) is minilora.NF4Linear
+    assert model["up"].weight is model["head"].weight
+
+
+def test_a_layer_tied_to_an_embedding_is_quantized_only_by_name_and_then_refused() -> None:
+    model = small()
     embedded(model)
-    assert type(minilora.quantize(model, exclude=["down"])["up"]) is minilora.NF4Linear
+    with pytest.raises(ValueError, match=r"^down shares its weight.*embed\.weight.*exclude"):
+        minilora.quantize(model, ["up", "down"])
+    assert type(minilora.quantize(model)["up"]) is minilora.NF4Linear
     assert model["down"].weight is model["embed"].weight

@@ -52,12 +52,7 @@ Prepare = Callable[[nn.ModuleDict], None]
 # What is done to the model first, the arguments of inject, the error and its message.
 REFUSED_BY_INJECT: dict[str, tuple[Prepare, dict[str, Any], type[Exception], str]] = {
     "a layer with its own forward": (unfit, {}, TypeError, r"^head \(OwnForward\)"),
-    "a rank beyond one layer": (
-        nothing,
-        {"r": 13},
-        ValueError,
-        r"^down: r=13.*\[12, 24\].*1 to 12",
-    ),
+    "a rank of zero": (nothing, {"r": 0}, ValueError, r"^up: r=0: .* whole number from 1"),
     "alpha": (nothing, {"alpha": -1.0}, ValueError, "^up: alpha=-1.0"),
     "dropout": (nothing, {"dropout": 1.0}, ValueError, "^up: dropout=1.0"),
     "train_also": (

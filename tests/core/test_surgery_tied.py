@@ -55,22 +55,6 @@ def test_a_tied_head_takes_an_adapter_and_stays_tied(tiny_llama: Callable[..., A
     assert torch.equal(logits(model), base)
 
 
-def test_a_tied_head_with_an_adapter_survives_save_pretrained(
-    tiny_llama: Callable[..., Any], tmp_path: Path
-) -> None:
-    from safetensors.torch import load_file
-
-    model = with_trained_head(tiny_llama)
-    before = logits(model)
-    model.save_pretrained(tmp_path)
-    assert is_tied(model)
-    assert torch.equal(logits(model), before)
-
-    saved = load_file(tmp_path / "model.safetensors")
-    assert set(saved) == {k for k in model.state_dict() if k != "lm_head.weight"}
-    assert torch.equal(saved["model.embed_tokens.weight"], model.lm_head.weight)
-
-
 def test_training_a_tied_heads_adapter_does_not_move_the_embedding(
     tiny_llama: Callable[..., Any],
 ) -> None:
@@ -174,3 +158,32 @@ def test_a_copy_of_a_model_shares_what_the_model_shared() -> None:
     model = copy.deepcopy(minilora.inject(Shared(), r=2))
     assert model.outer is model.inner[0]
     assert minilora.eject(model).outer is model.inner[0]
+
+
+def test_merging_the_head_of_an_encoder_and_decoder_is_refused() -> None:
+    # config.tie_word_embeddings would untie the embeddings of encoder and decoder with the head.
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    minilora.inject(model, r=2, targets=["q", "lm_head"])
+    torch.nn.init.normal_(model.lm_head.adapters["default"].B)
+    with pytest.raises(ValueError, match=r"lm_head\.weight share a weight, .* eject the adapter"):
+        minilora.merge(model)
+    assert isinstance(model.lm_head, minilora.LoRALinear)
+    assert model.config.tie_word_embeddings
+
+
+def test_merging_layers_that_transformers_ties_is_refused(tiny_llama: Callable[..., Any]) -> None:
+    # Zamba2 ties the blocks that it repeats, whatever its config says of the embedding.
+    model = tiny_llama()
+    first, second = (model.model.layers[i].self_attn for i in (0, 1))
+    second.q_proj.weight = first.q_proj.weight
+    minilora.inject(model, r=2, targets="q_proj")
+    with pytest.raises(ValueError, match=r"q_proj\.weight share a weight, .* eject the adapter"):
+        minilora.merge(model)
+    minilora.eject(model)
+    with pytest.raises(ValueError, match=r"exclude= \(and so with model\.layers\.1\.self_attn"):
+        minilora.quantize(model, "q_proj")

@@ -4,10 +4,13 @@ And what is said when nothing matches.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import minilora
 from minilora.targets import adapted_layers
@@ -43,7 +46,7 @@ def both(*names: str) -> set[str]:
     ("arguments", "expected"),
     [
         ({}, EVERY),
-        ({"targets": "all-linear", "exclude": ()}, EVERY | {"lm_head"}),
+        ({"targets": "all-linear", "exclude": ()}, EVERY),
         ({"targets": "q_proj"}, both("attention.q_proj")),
         ({"targets": ["q_proj", "up"]}, both("attention.q_proj", "mlp.up")),
         ({"targets": "out"}, both("attention.out", "mlp.out")),
@@ -62,7 +65,12 @@ def both(*names: str) -> set[str]:
         ),
         ({"targets": "out", "exclude": ["mlp.out"]}, both("attention.out")),
         ({"exclude": ("q_proj", "out", "lm_head")}, both("mlp.up")),
-        # The default exclude applies to "all-linear" alone: whoever names the head means it.
+        (
+            {"exclude": re.compile(r"s\.0|p$")},
+            {"layers.1.attention.q_proj"} & EVERY | {"layers.1.attention.out", "layers.1.mlp.out"},
+        ),
+        ({"exclude": lambda name, module: module.out_features == 12}, EVERY - both("mlp.up")),
+        # "all-linear" leaves the head out: whoever names it means it.
         ({"targets": "lm_head"}, {"lm_head"}),
         ({"targets": ["up", "lm_head"]}, both("mlp.up") | {"lm_head"}),
         ({"targets": lambda name, module: True}, EVERY | {"lm_head"}),
@@ -102,7 +110,11 @@ def test_targets_mean_these_layers(arguments: dict[str, Any], expected: set[str]
         ({"targets": ""}, ["'' matches no linear layer"]),
         ({"targets": re.compile("gate")}, ["gate", "matches no linear layer"]),
         ({"targets": lambda name, module: False}, ["matches no linear layer"]),
-        ({"targets": "up", "exclude": ["up"]}, ["'up' matches no linear layer", "exclude=('up',)"]),
+        ({"targets": "up", "exclude": ["up"]}, ["'up' matches no linear layer", "exclude=['up']"]),
+        (
+            {"targets": "up", "exclude": ["out", "q_porj"]},
+            ["exclude 'q_porj' matches no", "'q_proj'"],
+        ),
     ],
 )
 @pytest.mark.parametrize("call", [minilora.inject, minilora.quantize])
@@ -120,11 +132,42 @@ def test_a_target_that_matches_nothing_says_what_there_is(
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_model_that_is_one_linear_layer_has_no_place_for_an_adapter() -> None:
-    with pytest.raises(ValueError, match="the model is itself a Linear"):
-        minilora.inject(nn.Linear(8, 8), r=2)
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
+    "none": lambda layer: layer,
+    "compiled": lambda layer: torch.compile(layer, backend="eager"),
+    "data parallel": nn.DataParallel,
+    "checkpointed": checkpoint_wrapper,
+    "compiled data parallel": lambda layer: torch.compile(nn.DataParallel(layer), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("call", [minilora.inject, minilora.quantize])
+def test_a_model_that_is_one_linear_layer_has_no_place_for_an_adapter(
+    call: Any, wrapper: str
+) -> None:
+    model = WRAPPERS[wrapper](nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="the model is itself a Linear: make a LoRALinear"):
+        call(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_that_is_called_as_in_a_wrapper_is_a_layer_of_its_model() -> None:
+    for names in (["module"], ["_orig_mod", "up"]):
+        model = nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
+        assert list(adapted_layers(minilora.inject(model, r=2))) == names
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear layers in the model: none"):
         minilora.inject(nn.Sequential(nn.LayerNorm(3)), r=1)
+
+
+@pytest.mark.parametrize("call", [minilora.inject, minilora.quantize])
+def test_a_regular_expression_is_not_taken_for_a_name_without_a_word(call: Any) -> None:
+    with pytest.raises(ValueError, match=r"for a regular expression, pass re\.compile\(\.\.\.\)"):
+        call(Model(), targets=r".*\.up")
+    with pytest.raises(TypeError, match="a list holds names; a compiled regular expression"):
+        call(Model(), targets=[re.compile("up")])
+    with pytest.raises(ValueError, match=r"exclude .*q_porj.* matches no linear layer"):
+        call(Model(), exclude=re.compile("q_porj"))

@@ -18,6 +18,9 @@ import minilora
 from minilora.lora import LoRA
 from minilora.targets import adapter_names
 
+# What save_adapter says of whole parameters and patterns is tested in test_peft_limits.py.
+pytestmark = pytest.mark.filterwarnings("ignore:vLLM and llama.cpp do not serve:UserWarning")
+
 peft = pytest.importorskip("peft", reason="peft is the oracle here: pip install -e .[dev]")
 pytest.importorskip("transformers", reason="peft needs it")
 
@@ -235,18 +238,17 @@ def test_a_variant_that_brings_its_own_option_goes_both_ways(
     close(ours, model, tiny_llama())
     path = minilora.save_adapter(ours, tmp_path / "ours")
     close(peft.PeftModel.from_pretrained(tiny_llama(), path), model, tiny_llama())
-    with pytest.raises(ValueError, match="use_rslora=True"):
-        minilora.load_adapter(tiny_llama(), path)
+    # Any adapter can have its scaling.
+    close(minilora.load_adapter(tiny_llama(), path), model, tiny_llama())
+    plain = minilora.save_adapter(minilora.inject(tiny_llama(), r=4), tmp_path / "plain")
+    with pytest.raises(ValueError, match="not of that class of adapter: no use_rslora=True"):
+        minilora.load_adapter(tiny_llama(), plain, adapter=RsLoRA, allow_zero=True)
 
 
 # An init_lora_weights of these names moves a part of the base's weights into the adapter: on the
 # unchanged base they compute a different model.
 FOREIGN: dict[str, dict[str, Any]] = {
     "use_dora": {"use_dora": True},
-    "use_rslora": {"use_rslora": True},
-    "bias": {"bias": "all"},
-    "bias='lora_only'": {"bias": "lora_only"},
-    "lora_bias": {"lora_bias": True},
     "fan_in_fan_out": {"fan_in_fan_out": True},
     "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
@@ -256,6 +258,7 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "init_lora_weights='olora'": {"init_lora_weights": "olora"},
     "init_lora_weights='corda'": {"init_lora_weights": "corda"},
     "init_lora_weights='loftq'": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+    "init_lora_weights='one of tomorrow'": {"init_lora_weights": "one of tomorrow"},
     "peft_type": {"peft_type": "LOHA"},
     "an option of tomorrow": {"an option of tomorrow": 3},
 }
@@ -289,7 +292,7 @@ def test_pissa_is_refused_because_it_would_compute_another_model(
     model = peft.get_peft_model(tiny_llama(), config)
     train(model, trainable(model), 1)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
+    with pytest.raises(ValueError, match=r"init_lora_weights='pissa'.*path_initial_model_for"):
         minilora.load_adapter(tiny_llama(), tmp_path)
 
 

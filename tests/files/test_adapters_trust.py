@@ -21,6 +21,9 @@ import minilora
 from minilora.files.adapters import trained_on
 from minilora.lora import LoRA
 
+# What save_adapter says of whole parameters and patterns is tested in test_peft_limits.py.
+pytestmark = pytest.mark.filterwarnings("ignore:vLLM and llama.cpp do not serve:UserWarning")
+
 
 def base(quantized: bool = False) -> nn.Sequential:
     torch.manual_seed(0)

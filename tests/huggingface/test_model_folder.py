@@ -148,6 +148,86 @@ def test_a_config_that_is_no_json_object_is_named(model: Path, text: str) -> Non
     assert str(model / "config.json") in refusal(lambda: load_dense(model))
 
 
+def every_reader(folder: Path) -> list[str]:
+    return [refusal(lambda read=read: read(folder)) for read in (load_dense, minilora.load)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("left", [0, 4, 100, -1])
+def test_a_truncated_file_is_named(left: int, shards: bool, tmp_path: Path) -> None:
+    model = make_model_folder(tmp_path / "model", shards=shards)
+    file = sorted(model.glob("model*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[:left])
+    for said in every_reader(model):
+        assert f"{file} cannot be read, it is missing, damaged or incomplete" in said
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+def test_a_tensor_of_another_shape_is_named_and_not_made_up(model: Path, name: str) -> None:
+    path = model / "model.safetensors"
+    whole = load_file(path)
+    needed = tuple(whole[name].shape)
+    for shape in ((needed[0] - 1, *needed[1:]), (*needed, 1), needed[:-1]):
+        save_file({**whole, name: torch.ones(shape)}, path, metadata={"format": "pt"})
+        for said in every_reader(model):
+            assert f"needs another shape of {name}: {needed} instead of {shape}" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_codes_in_the_place_of_a_dense_weight_are_named(
+    model: Path, name: str, dtype: torch.dtype
+) -> None:
+    path = model / "model.safetensors"
+    whole = load_file(path)
+    save_file({**whole, name: whole[name].to(dtype)}, path, metadata={"format": "pt"})
+    for said in every_reader(model):
+        assert f"{name} is stored as " in said
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_floats_of_any_size_are_loaded(model: Path, dtype: torch.dtype) -> None:
+    path = model / "model.safetensors"
+    whole = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    save_file(whole, path, metadata={"format": "pt"})
+    loaded, _ = load_dense(model, dtype=torch.float32)
+    assert loaded.state_dict()["model.norm.weight"].equal(whole["model.norm.weight"].float())
+
+
+def test_a_single_file_beside_shards_of_another_model_is_refused(tmp_path: Path) -> None:
+    """save_pretrained leaves it, and every reader would take it for the model."""
+    for part in ("values", "names", "shape"):
+        model = make_model_folder(tmp_path / part, shards=True)
+        old = make_model_folder(tmp_path / f"old-{part}") / "model.safetensors"
+        tensors = load_file(old)
+        if part == "values":
+            tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+        elif part == "shape":
+            tensors["model.norm.weight"] = torch.ones(64)
+        else:
+            del tensors["model.norm.weight"]
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        for said in every_reader(model):
+            assert f"{model / 'model.safetensors'} and model-000" in said
+            assert "model.norm.weight differs" in said and "Remove the older" in said
+
+
+def test_a_model_that_is_published_both_whole_and_in_shards_is_loaded(tmp_path: Path) -> None:
+    model = make_model_folder(tmp_path / "model", shards=True)
+    whole = make_model_folder(tmp_path / "whole") / "model.safetensors"
+    (model / "model.safetensors").write_bytes(whole.read_bytes())
+    load_dense(model)
+    # Of a hub repository, only what is needed may have been downloaded.
+    for shard in model.glob("model-*.safetensors"):
+        shard.unlink()
+    load_dense(model)
+    index = model / "model.safetensors.index.json"
+    edit(index, weight_map=dict.fromkeys(load_file(whole), "model.safetensors"))
+    load_dense(model)
+
+
 def test_weights_that_are_not_finite_are_refused(model: Path) -> None:
     whole = load_file(model / "model.safetensors")
     whole["model.norm.weight"][0] = float("nan")

@@ -1,4 +1,4 @@
-"""A second 16-level codebook: one entry in a dict, and all three backends use it."""
+"""Other codebooks than NF4: one entry in a dict, and all three backends use it."""
 
 from collections.abc import Iterator
 
@@ -27,15 +27,16 @@ SKEWED = (
     -0.9, -0.33, 0.0, 0.01, 0.02, 0.05, 0.07, 0.11, 0.2, 0.3, 0.41, 0.5, 0.62, 0.77, 0.9, 1.0,
 )  # fmt: skip
 
-# The 16 values of a 4-bit float with two exponent bits, scaled to [-1, 1]: zero occurs twice.
-FP4 = tuple(sorted(sign * value / 12 for sign in (1, -1) for value in (0, 1, 2, 3, 4, 6, 8, 12)))
+# Its codes are in no order, and the highest level has a code above 7.
+SHUFFLED = tuple(SKEWED[7 * code % 16] for code in range(16))
+ADDED = {"skewed": SKEWED, "shuffled": SHUFFLED}
 
 
-@pytest.fixture(params=["skewed", "fp4"], autouse=True)
+@pytest.fixture(params=[*ADDED, "fp4"], autouse=True)
 def quant_type(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(codebooks.CODEBOOKS, "skewed", SKEWED)
-        patch.setitem(codebooks.CODEBOOKS, "fp4", FP4)
+        for name, levels in ADDED.items():
+            patch.setitem(codebooks.CODEBOOKS, name, levels)
         yield request.param
 
 
@@ -76,7 +77,7 @@ def test_dequantize_gives_the_same_bits(dtype: torch.dtype, double: bool, quant_
 def test_a_code_is_that_of_the_nearest_level(n: int, seed: int, zeros: float) -> None:
     x = gaussian(n, seed=seed).double()
     x[torch.rand(n, generator=torch.Generator().manual_seed(seed)) < zeros] = 0
-    for quant_type in ("skewed", "fp4"):
+    for quant_type in (*ADDED, "fp4"):
         levels = codebooks.levels(quant_type).double()
         w = packed_weight(x, 64, False, quant_type)
         absmax = w.absmax.double().repeat_interleave(64)[:n]
@@ -88,12 +89,13 @@ def test_a_code_is_that_of_the_nearest_level(n: int, seed: int, zeros: float) ->
 
 
 def test_a_block_of_zeros_and_the_last_nibble_have_the_code_of_zero(quant_type: str) -> None:
-    zero = int(torch.bucketize(torch.zeros(()), codebooks.thresholds(quant_type)))
+    levels = codebooks.CODEBOOKS[quant_type]
+    zero, one = levels.index(0.0), levels.index(1.0)
     x = torch.cat([torch.zeros(64), torch.ones(1)])
     for quantize in (reference.quantize, cpu.quantize, gpu.quantize):
         packed, absmax = quantize(x, 64, quant_type)
         assert (packed[:32] == (zero << 4 | zero)).all()
-        assert packed[32] == (15 << 4 | zero)
+        assert packed[32] == (one << 4 | zero)
         assert absmax.tolist() == [0.0, 1.0]
 
 
@@ -160,7 +162,7 @@ def test_a_weight_of_another_type_trains_and_compiles(quant_type: str) -> None:
 
 
 def test_a_name_without_a_codebook_is_refused() -> None:
-    words = r"quant_type='nf3': there is a codebook for 'nf4', 'skewed', 'fp4'"
+    words = r"quant_type='nf3': there is a codebook for 'nf4', 'fp4', 'skewed', 'shuffled'"
     for quantize in (reference.quantize, cpu.quantize, gpu.quantize):
         with pytest.raises(ValueError, match=words):
             quantize(torch.ones(64), 64, "nf3")

@@ -184,16 +184,16 @@ from minilora.kernels.reference.codebooks import levels
 torch.manual_seed(0)
 model, x = nn.Sequential(nn.Linear(128, 64)), torch.randn(5, 128)
 dense = model[0].weight.detach().clone()
-minilora.quantize(model, quant_type="fp4", double_quant=False)
+minilora.quantize(model, quant_type="e2m1", double_quant=False)
 w = model[0].weight
-packed, absmax = nf4.quantize(dense, 64, "fp4")
+packed, absmax = nf4.quantize(dense, 64, "e2m1")
 assert torch.equal(packed, w.packed) and torch.equal(absmax, w.absmax)
 
-# Half of the widest gap between two levels of FP4, 4/6 and 6/6, times a block's absmax.
+# Half of the widest gap between two levels of E2M1, 4/6 and 6/6, times a block's absmax.
 error = (w.dequantize() - dense).abs().view(-1, 64)
 assert (error <= absmax[:, None] / 6 * 1.001).all()
 decoded = (w.dequantize().view(-1, 64) / absmax[:, None]).view(-1, 1)
-assert ((decoded - levels("fp4")).abs().min(1).values < 1e-6).all()
+assert ((decoded - levels("e2m1")).abs().min(1).values < 1e-6).all()
 assert torch.allclose(model(x), x @ w.dequantize().T + model[0].bias, atol=1e-5)
 minilora.inject(model, r=4)(x).sum().backward()
 """

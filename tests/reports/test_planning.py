@@ -21,6 +21,7 @@ from minilora.reports.formatting import format_bytes
 from minilora.reports.pictures import WIDTH
 from minilora.reports.planning import Plan, nf4_bytes
 from minilora.targets import adapted_layers
+from minilora.whole import whole_parameters
 
 
 def mlp(dtype: torch.dtype = torch.float32) -> nn.ModuleDict:
@@ -43,7 +44,7 @@ def split(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     inject = {
         k: v
         for k, v in arguments.items()
-        if k in ("r", "alpha", "targets", "exclude", "train_also")
+        if k not in ("quantize", "block_size", "double_quant", "trust_remote_code")
     }
     return quantize, inject
 
@@ -70,8 +71,10 @@ def assert_came_true(plan: Plan, model: Any, parameters: int) -> None:
     assert plan.parameters == parameters
     assert plan.trainable == sum(p.numel() for p in trained)
 
-    quantized = [layer for layer in layers.values() if isinstance(layer.weight, minilora.NF4Weight)]
-    everything = sum(p.nbytes for p in model.parameters())
+    quantized = [m for m in model.modules() if isinstance(m, minilora.NF4Linear)]
+    # What is trained whole stands beside the base's.
+    whole = {id(p): p for p in whole_parameters(model).values()}.values()
+    everything = sum(p.nbytes for p in [*model.parameters(), *whole])
 
     for p in trained:
         p.grad = torch.zeros_like(p)
@@ -131,6 +134,8 @@ def test_a_plan_equals_what_happens(
         {"targets": ["q_proj", "down_proj"], "train_also": ["norm"]},
         {"train_also": ["embed_tokens", "lm_head"]},
         {"targets": "lm_head", "quantize": False},
+        {"rank_pattern": {"q_proj": 3, re.compile("0.*proj"): 5}, "lora_bias": True},
+        {"layers_to_transform": 1, "alpha_pattern": {"mlp.up_proj": 3.5}},
     ],
 )
 def test_the_plan_of_a_language_model_equals_what_happens(
@@ -280,7 +285,6 @@ class OwnForward(nn.Linear):
 ERRORS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "no such target": (mlp, {"targets": "dwn"}),
     "nothing left": (mlp, {"targets": "up", "exclude": ["up"]}),
-    "a rank beyond one layer": (mlp, {"r": 8}),
     "no rank": (mlp, {"r": 0}),
     "alpha": (mlp, {"r": 2, "alpha": -1.0}),
     "train_also": (mlp, {"r": 2, "train_also": ["nrom"]}),
@@ -288,6 +292,10 @@ ERRORS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "attention": (attention, {"r": 2}),
     "an adapter already": (lambda: minilora.inject(mlp(), r=2), {"r": 2}),
     "one layer": (lambda: nn.Linear(8, 8), {"r": 2}),
+    "no rank for one layer": (mlp, {"r": 2, "rank_pattern": {"up": 0}}),
+    "no such layer": (mlp, {"r": 2, "alpha_pattern": {"upp": 3.0}}),
+    "no such block": (mlp, {"r": 2, "layers_to_transform": [3]}),
+    "an excluded layer that is not there": (mlp, {"r": 2, "exclude": ["dwn"]}),
 }
 
 
@@ -312,3 +320,44 @@ def test_a_plan_refuses_what_quantize_refuses(tiny_llama: Callable[..., Any]) ->
             minilora.quantize(copy.deepcopy(model), **arguments)
         with pytest.raises(ValueError, match=re.escape(str(expected.value))):
             minilora.plan(model, r=2, **arguments)
+
+
+class Mixture(nn.Module):
+    """A layer of experts beside linear ones, as transformers stacks them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 10)
+        self.experts = nn.Parameter(torch.ones(4, 10, 6))
+        self.position = nn.Parameter(torch.ones(1, 5, 6))
+        self.convolution = nn.Conv1d(6, 4, 3)
+
+
+def test_experts_are_counted_and_warned_of_with_their_share() -> None:
+    model = Mixture()
+    assert (count(model), model.experts.numel()) == (240 + 30 + 70 + 76, 240)
+    with pytest.warns(UserWarning, match=r"58% of the parameters are matrices outside"):
+        plan = minilora.plan(model, r=2)
+    assert plan.unreached == 240
+    assert "not quantized: 240 parameters (58%) outside of linear layers" in str(plan)
+    assert plan.bytes["dense"] == 4 * (count(model) - 60)
+
+    with pytest.raises(ValueError, match=r"58%.*strict=False"):
+        minilora.plan(model, r=2, strict=True)
+
+
+def test_the_experts_of_a_transformers_config_are_counted() -> None:
+    transformers = pytest.importorskip("transformers", reason="the config is Mixtral's")
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+    config = transformers.MixtralConfig(**sizes, **heads, num_local_experts=4)
+    with pytest.warns(UserWarning, match="experts"):
+        plan = minilora.plan(config, r=2)
+    # Two layers of four experts: gate and up [48, 32], down [32, 24].
+    assert plan.unreached == 2 * 4 * (48 * 32 + 32 * 24)
+
+
+@pytest.mark.parametrize("options", [{}, {"targets": "up"}])
+def test_a_model_without_experts_is_planned_in_silence(options: dict[str, Any]) -> None:
+    plan = minilora.plan(mlp(), r=2, strict=True, **options)
+    assert plan.unreached == 0 and "outside of linear" not in str(plan)

@@ -136,14 +136,21 @@ def judge_loaded(path: Path, model: nn.Module, before: dict[str, Tensor], name: 
             if not bool(value.isfinite().all()):
                 raise Wrong("silent", f"{end} of {layer} is not finite")
         alpha, dropout = expected_alpha(config, layer), float(config.get("lora_dropout") or 0)
+        if config.get("use_rslora") is True:
+            # alpha / sqrt(r) as the alpha / r of a plain adapter.
+            alpha *= math.sqrt(adapter.r)
         if (adapter.alpha, adapter.dropout) != (alpha, dropout):
             raise Wrong("silent", f"{layer}: {adapter}, the config: {alpha}, {dropout}")
         if not (0 < alpha < 3.5e38 and 0 <= dropout < 1):
             raise Wrong("silent", f"{layer}: alpha {alpha}, dropout {dropout}")
 
     saved = config.get("modules_to_save") or []
+    biases = config.get("bias") in ("all", "lora_only")
     for key, value in tensors.items():
-        module = key.rpartition(".")[0] or key
+        module, _, end = key.rpartition(".")
+        if end == "bias" and biases and same_bits(after[key], value.to(before[key].dtype)):
+            continue
+        module = module or key
         if not any(re.search(rf"{re.escape(m)}(\.|$)", module) for m in saved):
             raise Wrong("silent", f"{key} is overwritten, and modules_to_save is {saved}")
         if not same_bits(after[key], value.to(before[key].dtype)):

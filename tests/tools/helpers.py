@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import minilora
 from minilora.lora import LoRALayer
-from minilora.targets import DEFAULT_EXCLUDE, tied_parameters
+from minilora.targets import heads, tied_parameters
 
 INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -107,10 +107,10 @@ def tiny_model(name: str) -> tuple[Any, Callable[[nn.Module], Tensor]]:
 
 def quantize_untied(model: nn.Module) -> nn.Module:
     """Quantizes every linear layer but the head and those that share their weight."""
-    tied = tied_parameters(model)
+    tied, left_out = tied_parameters(model), heads(model)
 
     def chosen(name: str, layer: nn.Module) -> bool:
-        return id(layer.weight) not in tied and name not in DEFAULT_EXCLUDE
+        return id(layer.weight) not in tied and name not in left_out
 
     return minilora.quantize(model, chosen)
 

@@ -55,3 +55,33 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and max(rates) == 1.0
     assert rates[3:] == sorted(rates[3:], reverse=True) and 0 < rates[-1] < 1e-3
     assert schedule(100, 100) == pytest.approx(0.0, abs=1e-12)
+
+
+class Reads(nn.Module):
+    """Calls a layer for the first token, and reads its weight for the rest."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.read = nn.Linear(64, 64, bias=False)
+
+    def forward(self, **inputs: Any) -> Any:
+        embeddings = self.model.get_input_embeddings()(inputs.pop("input_ids"))
+        first, rest = self.read(embeddings[:, :1]), embeddings[:, 1:] @ self.read.weight.T
+        return self.model(inputs_embeds=torch.cat([first, rest], dim=1), **inputs)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_weight_that_the_model_reads_itself_is_named_in_the_first_step(
+    quantized: bool, tiny_llama: Any
+) -> None:
+    """It is called too, so that its adapter has a gradient: that of a part of the data."""
+    model = Reads(tiny_llama())
+    if quantized:
+        minilora.quantize(model, targets="read")
+    minilora.inject(model, r=2, targets=["read", "q_proj"])
+    before = [p.clone() for p in minilora.adapter_parameters(model)]
+    config = FinetuneConfig("m", "d", "o", steps=1, batch_size=2)
+    with pytest.raises(TypeError, match=r"Reads reads the weight of read.*exclude=\('read',\)"):
+        next(train(model, random_examples([5, 6]), config, pad=0))
+    assert all(p.equal(q) for p, q in zip(before, minilora.adapter_parameters(model), strict=True))
