@@ -21,6 +21,7 @@ import copy
 import os
 import re
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ from minilora.huggingface.checkpoint_files import (
 from minilora.huggingface.quantization_config import METHOD as METHOD
 from minilora.huggingface.quantization_config import NF4Config as NF4Config
 from minilora.huggingface.quantized_folder import quantization_config_of, state_dict_of
-from minilora.huggingface.unplaced import unplaced_tensors
+from minilora.huggingface.unplaced import is_new_head, unplaced_tensors
 from minilora.layers import NF4Linear, become, check_quantizable
 from minilora.lora import LoRALayer
 from minilora.nf4 import NF4Weight, quantize_nf4
@@ -115,6 +116,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         # A copy: one config may load several models.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._chosen: set[str] = set()
+        self._as_stored: set[str] = set()
         self._faults: dict[str, str] = {}
         self._missing: set[str] = set()
         self._files: set[str] = set()
@@ -194,7 +196,16 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError(f"{reason}: leave it out with exclude=")
         warn_of_unreached(model, config.targets, config.strict, "quantized", stacklevel=2)
         self._chosen = set(chosen)
+        self._read_as_stored(model, {n for n in chosen if dtypes.get(f"{n}.weight") == "BF16"})
         return model
+
+    def _read_as_stored(self, model: Any, layers: set[str]) -> None:
+        """Lets transformers hand over these bfloat16 weights without a copy of each in float32."""
+        if model.dtype == torch.float32:
+            self._as_stored = layers
+            plan = {rf"^{re.escape(name)}\.weight$": torch.bfloat16 for name in layers}
+            usual = model._get_dtype_plan
+            model._get_dtype_plan = lambda dtype: {**plan, **usual(dtype)}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Finds the stored tensors that the model has no place for, by transformers' renaming."""
@@ -233,7 +244,10 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
                 rest[name] = found
                 continue
             try:
-                self._place(model, name, quantize_nf4(weight, *form))
+                quantized = quantize_nf4(weight, *form)
+                if name.removesuffix(".weight") in self._as_stored:
+                    quantized = replace(quantized, dtype=torch.float32)
+                self._place(model, name, quantized)
             except (TypeError, ValueError) as error:
                 self._faults[name] = f"{name}: {error}"
             missing.discard(name)
@@ -291,6 +305,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Raises ValueError unless every weight has been read; then the model is complete."""
         self._check_complete(model)
+        vars(model).pop("_get_dtype_plan", None)
         own = [c for c in model._weight_conversions if not self._is_own(c)]
         model._weight_conversions = own
         own_memory(model)
@@ -323,7 +338,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         missing = {f"{name}.weight" for name in dense} | self._missing
         patterns = model._keys_to_ignore_on_load_missing or ()
         missing = {n for n in missing if not any(re.search(p, n) for p in patterns)}
-        missing = {n for n in missing if not _is_new_head(model, n)}
+        missing = {n for n in missing if not is_new_head(model, n)}
         # A weight that is tied to one that was read has been read.
         named = model.named_parameters(remove_duplicate=False)
         present = {id(p) for name, p in named if name not in missing}
@@ -370,16 +385,3 @@ def _tied_layers(model: Any) -> tuple[set[str], set[str]]:
 
 def _and_more(found: Any) -> str:
     return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-
-
-def _is_new_head(model: Any, name: str) -> bool:
-    """Whether a parameter is a new task's head, which starts at random, as a classifier's.
-
-    The head of a language model is no such one.
-    """
-    base = model.base_model_prefix
-    if model.base_model is model or name.startswith(f"{base}."):
-        return False
-    output = model.get_output_embeddings()
-    own = output.parameters() if output is not None else ()
-    return all(p is not model.get_parameter_or_buffer(name) for p in own)

@@ -72,3 +72,16 @@ def _is_inside_block(model: Any, name: str) -> bool:
     if isinstance(module, PreTrainedModel):
         return False
     return module is model.get_output_embeddings() or module in model.base_model.modules()
+
+
+def is_new_head(model: Any, name: str) -> bool:
+    """Whether a parameter is a new task's head, which starts at random, as a classifier's.
+
+    The head of a language model is no such one.
+    """
+    base = model.base_model_prefix
+    if model.base_model is model or name.startswith(f"{base}."):
+        return False
+    output = model.get_output_embeddings()
+    own = output.parameters() if output is not None else ()
+    return all(p is not model.get_parameter_or_buffer(name) for p in own)
