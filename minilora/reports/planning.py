@@ -171,14 +171,14 @@ def plan(
 ) -> Plan:
     """Returns what `quantize` and `inject` would do with these arguments, and the memory of a run.
 
-    Nothing is changed. Stacked matrices, as the experts of a mixture, which neither of the two
-    reaches, are counted and warned of.
+    Nothing is changed. Matrices that neither of the two reaches, such as the experts of a mixture,
+    are counted and warned of.
 
     Args:
         model: a module on any device, the meta device included; a transformers config; or a
             folder or hub id, of which only the config is read.
-        r, alpha, targets, exclude, rank_pattern, alpha_pattern, layers_to_transform, lora_bias,
-            train_also, strict: as for `inject`.
+        r, alpha, targets, exclude, train_also, strict: as for `inject`.
+        rank_pattern, alpha_pattern, layers_to_transform, lora_bias: as for `inject`.
         quantize: True: what `targets` and `exclude` mean is in NF4. False: the base stays as it is.
             Targets: these layers are in NF4, whichever get an adapter (`finetune` quantizes
             "all-linear").
