@@ -84,7 +84,7 @@ def _told_heads(model: Any) -> set[nn.Module]:
     output = model.get_output_embeddings()
     base = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     if isinstance(base, nn.Module):
-        return {output, *model.modules()} - {*base.modules()}
+        return {output} | ({*model.modules()} - {*base.modules()})
     # A model for a task, as WhisperForAudioClassification, whose base has no name.
     task = output is None and "For" in type(model).__name__
     return {output, *model.children()} if task else {output}
