@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from minilora.layers import NF4Linear
 from minilora.lora import LoRALayer
 from minilora.nf4 import NF4Weight
+from minilora.surgery import audit
 from minilora.targets import linear_layers, shortest_end
 
 MOST_NAMES_SHOWN = 8
@@ -33,9 +34,10 @@ _CONVERSIONS = ("to", "float", "half", "bfloat16", "double")
 def refuse_bypassed(model: nn.Module) -> Iterator[None]:
     """Inside the block, reading the weight of a layer with an adapter is no substitute for a call.
 
-    Watches layers with adapters and layers in 4 bits. Nothing is copied and no result changes, but
-    each operation takes some microseconds longer: meant for one forward, or the first step of a
-    run. Compiled and sharded models are not watched.
+    Watches layers with adapters and layers in 4 bits. Nothing is copied, but each operation takes
+    some microseconds longer, and PyTorch leaves out its fused attention kernel, which rounds
+    otherwise: meant for one forward, or the first step of a run. Compiled and sharded models are
+    not watched.
 
     Raises:
         TypeError: at the end of the block; with the name of every layer that was bypassed, and the
@@ -164,6 +166,29 @@ def _holds_tensor(result: Any) -> bool:
     """Whether an operation gave values, and not a dtype or a size."""
     values = result if isinstance(result, list | tuple) else (result,)
     return any(isinstance(value, Tensor) for value in values)
+
+
+_GRADIENT_WAY_OUT = "Exclude those layers with targets, or fix the path of the gradient"
+
+
+def check_gradients(model: nn.Module, way_out: str = _GRADIENT_WAY_OUT) -> None:
+    """Raises ValueError, which names the layers, if an adapter got no gradient from a backward.
+
+    Such an adapter would never learn. `way_out` says what to do about it.
+    """
+    missing = audit(model)
+    if not missing:
+        return
+    shown = ", ".join(missing[:MOST_NAMES_SHOWN])
+    if len(missing) > MOST_NAMES_SHOWN:
+        shown += f" and {len(missing) - MOST_NAMES_SHOWN} more"
+    raise ValueError(
+        f"adapters got no gradient in the first step and would never learn ({len(missing)} of "
+        f"them): {shown}. Likely reasons: reentrant gradient checkpointing (the input of a frozen "
+        "base requires no gradient); a fused loss that reads lm_head.weight and bypasses the "
+        f"layer; a part of the model that this data does not reach, or whose output is detached. "
+        f"{way_out}"
+    )
 
 
 def _message(model: nn.Module, found: list[str], layers: Mapping[str, nn.Module]) -> str:

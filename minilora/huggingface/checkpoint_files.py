@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minilora.huggingface.messages import one_line
 
 # The dtypes of dense weights, as safetensors calls them.
-_DENSE = ("F64", "F32", "F16", "BF16")
+DENSE = ("F64", "F32", "F16", "BF16")
 
 # In Linux' <sys/mman.h>.
 _MADV_DONTNEED = 4
@@ -61,7 +61,7 @@ def check_dense(files: Iterable[Path], model: nn.Module) -> None:
     floats = {name for name, p in named if p.is_floating_point()}
     for name, dtype in stored_dtypes(files).items():
         # By other names than the model's, too: transformers renames those of older checkpoints.
-        if dtype not in _DENSE and (name in floats or name.endswith(".weight")):
+        if dtype not in DENSE and (name in floats or name.endswith(".weight")):
             raise ValueError(
                 f"{one_line(name, 120)} is stored as {dtype}: the checkpoint is quantized already, "
                 "in a way unknown here"

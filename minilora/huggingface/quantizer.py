@@ -34,6 +34,7 @@ from minilora.checks import check_can_be_quantized, warn_of_unreached
 from minilora.files.bitsandbytes import from_tensors, quantized_layers
 from minilora.guards import guard
 from minilora.huggingface.checkpoint_files import (
+    DENSE,
     check_finite,
     drop_pages,
     own_memory,
@@ -58,9 +59,6 @@ _STORED = (
     "weight.quant_state.bitsandbytes__nf4",
     "weight.quant_state.bitsandbytes__fp4",
 )
-
-# The dtypes of dense weights, as safetensors calls them.
-_DENSE = ("F64", "F32", "F16", "BF16")
 
 # Bytes of weights after which the pages that they were read from are let go.
 _DROP_EVERY = 64 << 20
@@ -179,7 +177,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             return model
 
         # transformers would cast the codes of another method's weights to floats.
-        codes = [n for n, dtype in dtypes.items() if n.endswith(".weight") and dtype not in _DENSE]
+        codes = [n for n, dtype in dtypes.items() if n.endswith(".weight") and dtype not in DENSE]
         if codes:
             stored = f"{codes[0]} is stored as {dtypes[codes[0]]}"
             raise ValueError(

@@ -25,12 +25,14 @@ from minilora.files.adapters import load_adapter, save_adapter
 from minilora.files.names import canonical_names
 from minilora.files.peft_config import CONFIG, read_config
 from minilora.files.peft_values import ConfigReader
-from minilora.huggingface.bypassed import refuse_bypassed
+from minilora.huggingface.bypassed import check_gradients, refuse_bypassed
 from minilora.lora import LoRA
-from minilora.surgery import audit
 from minilora.targets import adapted_layers, adapter_names
 
-_MOST_NAMES_SHOWN = 8
+_WAY_OUT = (
+    "Leave these layers out with exclude=, or set check_first_step = False if later batches will "
+    "reach them"
+)
 
 # Where each process keeps its parameters to itself, and none has the whole of an adapter.
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -89,7 +91,7 @@ class AdapterCheckpoints:
         loss = computed[0] if isinstance(computed, tuple) else computed
         if self.check_first_step and torch.is_grad_enabled() and not loss.requires_grad:
             # The error of `backward` would name no layer.
-            check_gradients(self.model)
+            check_gradients(self.model, _WAY_OUT)
         return computed
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +105,7 @@ class AdapterCheckpoints:
             loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         # Not before the last of the micro-batches whose gradients are accumulated.
         if self.accelerator.sync_gradients:
-            check_gradients(self.model)
+            check_gradients(self.model, _WAY_OUT)
             self._first_step_checked = True
         return loss
 
@@ -228,23 +230,6 @@ def _check_settings(
                     f"{folder} holds an adapter with {option}={there[option]} for {path}, where "
                     f"the model has {option}={value}: inject with the settings of that run"
                 )
-
-
-def check_gradients(model: nn.Module) -> None:
-    """Raises ValueError, which names the layers, if an adapter got no gradient from a backward."""
-    missing = audit(model)
-    if not missing:
-        return
-    shown = ", ".join(missing[:_MOST_NAMES_SHOWN])
-    if len(missing) > _MOST_NAMES_SHOWN:
-        shown += f" and {len(missing) - _MOST_NAMES_SHOWN} more"
-    raise ValueError(
-        f"{len(missing)} of {len(adapted_layers(model))} adapted layers got no gradient in the "
-        f"first step, and their adapters would never learn: {shown}. Likely reasons: the loss "
-        "reads lm_head.weight and never calls the layer; reentrant gradient checkpointing; a part "
-        "of the model that this batch does not reach. Leave these layers out with exclude=, or set "
-        "check_first_step = False if later batches will reach them"
-    )
 
 
 def _folders(model: nn.Module, folder: Path) -> dict[str, Path]:

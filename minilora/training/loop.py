@@ -16,12 +16,12 @@ from functools import partial
 
 from torch import nn
 
-from minilora.huggingface.bypassed import refuse_bypassed
+from minilora.huggingface.bypassed import check_gradients, refuse_bypassed
 from minilora.optim.adamw import PagedAdamW
 from minilora.optim.retry import retry_on_oom
 from minilora.surgery import adapter_parameters
 from minilora.training.batches import PAD_TO_MULTIPLE, Picked, collate, move_to, pick_examples
-from minilora.training.checks import check_finite, check_gradients
+from minilora.training.checks import check_finite
 from minilora.training.config import FinetuneConfig
 from minilora.training.data import Example
 from minilora.training.loss import token_losses
