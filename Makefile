@@ -18,7 +18,7 @@ help:
 	@echo "make soak   what is repeated long: random failures while saving; outside CI"
 	@echo "make fuzz   hostile inputs, about ten minutes; FULL=1: all of them, goes on where it stopped; FAMILY=name: one kind"
 	@echo "make lock   requirements/*.txt anew: the versions and hashes that CI installs; make audit asks for known vulnerabilities"
-	@echo "make bench  speed, and memory while loading, against bitsandbytes and dense PyTorch, in processes of their own"
+	@echo "make bench  training, generation, kernels and loading against peft + bitsandbytes and dense PyTorch; FULL=1: the whole matrix, into docs/benchmarks"
 	@echo "make clean  remove .venv and what was built (the model in $(CACHE) stays)"
 
 demo: .venv/demo
@@ -81,8 +81,17 @@ soak: .venv/dev
 fuzz: .venv/dev .venv/demo
 	$(BIN)/python tests/tools/fuzz.py $(if $(FULL),--full) $(FAMILY)
 
-bench: .venv/dev
-	$(BIN)/python tests/bench/cpu.py
+# FULL=1: the whole matrix, an hour or two, into docs/benchmarks and its page.
+BENCH := $(if $(FULL),--full --store)
+bench: .venv/dev .venv/demo
+	$(BIN)/python tests/bench/few_rows.py $(BENCH)
+	$(BIN)/python tests/bench/generate.py $(BENCH)
+	$(BIN)/python tests/bench/train_step.py $(BENCH)
+	$(if $(FULL),$(BIN)/python tests/bench/losses.py --store)
+	$(if $(FULL),$(BIN)/python tests/bench/memory_timeline.py --store)
+	$(if $(FULL),$(BIN)/python tests/bench/headline.py --shape 7b --tokens 64 --store)
+	$(if $(FULL),$(BIN)/python tests/bench/headline.py --shape 7b --tokens 256 --store)
+	$(if $(FULL),$(BIN)/python tests/bench/headline.py --shape 13b --tokens 64 --store)
 	$(BIN)/python tests/bench/load.py
 
 bench-gpu: .venv/dev

@@ -388,7 +388,7 @@ def pages() -> Picture:
 
 CENTRE = WIDE / 2
 SIDE_WIDTH = 156
-LEFT_SIDE, RIGHT_SIDE = ("reports", "huggingface", "files"), ("optim",)
+LEFT_SIDE, RIGHT_SIDE = ("reports", "huggingface", "losses", "files"), ("optim",)
 ROW, ROW_HEIGHT, ROW_WIDTH = 52, 38, 204
 
 
@@ -400,6 +400,7 @@ DRAWABLE = {
     *((name, "core") for name in (*LEFT_SIDE, *RIGHT_SIDE)),
     *pairwise(LEFT_SIDE),
     *pairwise(RIGHT_SIDE),
+    *zip(LEFT_SIDE, LEFT_SIDE[2:], strict=False),
 }
 
 
@@ -536,6 +537,11 @@ def draw_side_arrows(p: Picture, panel: Panel, boxes: dict[str, Panel], side: in
         if lower in arrows[upper]:
             middle = first.x + SIDE_WIDTH / 2
             p.arrow((middle, first.bottom), (middle, second.y))
+    for (upper, first), (lower, second) in zip(boxes.items(), [*boxes.items()][2:], strict=False):
+        if lower in arrows[upper]:
+            beside = first.x - 8
+            start, end = first.y + 0.75 * first.height, second.y + 0.25 * second.height
+            p.arrow((first.x, start), (beside, start), (beside, end), (second.x, end))
     for name, box in boxes.items():
         if "core" in arrows[name]:
             start, end = (box.x, panel.right) if side > 0 else (box.right, panel.x)

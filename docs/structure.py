@@ -31,6 +31,7 @@ SUBPACKAGES = {
     "files": ("adapters as PEFT's files,", "atomic writes"),
     "optim": ("PagedAdamW, retries;", "needs PyTorch alone"),
     "reports": ("plan, merge report,", "tables and figures"),
+    "losses": ("cross-entropy", "in chunks of tokens"),
     "huggingface": ("transformers: loading,", "generation"),
     "training": ("config, data, loop, run checkpoints", ""),
     "demo": ("what make demo runs", ""),

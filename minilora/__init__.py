@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from minilora.huggingface import load as load
     from minilora.huggingface.quantized_folder import save_quantized as save_quantized
     from minilora.huggingface.quantizer import NF4Config as NF4Config
+    from minilora.losses import linear_cross_entropy as linear_cross_entropy
     from minilora.optim import PagedAdamW as PagedAdamW
     from minilora.optim import retry_on_oom as retry_on_oom
     from minilora.reports import merge_report as merge_report
@@ -56,6 +57,7 @@ _SUBPACKAGE = {
     "load": "huggingface",
     "save_quantized": "huggingface.quantized_folder",
     "NF4Config": "huggingface.quantizer",
+    "linear_cross_entropy": "losses",
     "PagedAdamW": "optim",
     "retry_on_oom": "optim",
     "merge_report": "reports",
@@ -80,6 +82,7 @@ __all__ = [
     "eject",
     "finetune",
     "inject",
+    "linear_cross_entropy",
     "load",
     "load_adapter",
     "lora_linear",

@@ -17,6 +17,7 @@ import typer
 
 import minilora
 from minilora.huggingface.sampling import GREEDY, Sampling
+from minilora.reports.dry_run import DryRun
 from minilora.reports.errors import describe
 from minilora.reports.terminal import discard_output, prepare_output, say
 from minilora.training.config import FinetuneConfig
@@ -289,37 +290,19 @@ def merge(
     folder = check_new_path(out)
     choice = choose_base(model, adapter, quantize, trust_remote_code)
     base, tokenizer = _load(choice, adapter, "cpu", trust_remote_code)
+    quantized = any(isinstance(module, minilora.NF4Linear) for module in base.modules())
     merged = run(base)
-    mark_merged(merged, Merged(choice.name, adapter, quantized=choice.quantize is not None))
+    mark_merged(merged, Merged(choice.name, adapter, quantized=quantized))
     save_model(merged, tokenizer, folder)
     print(f"merged model saved in {folder}/")
 
 
 @app.command(short_help="Show layers and memory before a run.")
-def plan(
-    model: Model,
-    r: Rank = 16,
-    targets: Targets = "all-linear",
-    quantize: Annotated[bool | None, typer.Option(help=TEXTS["quantize"])] = None,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
+@options_of(DryRun)
+def plan(**options: Any) -> None:
     """Show which layers get adapters and how much memory a run needs (reads only the config)."""
-    from minilora.huggingface.bundled import DEMO_MODEL, bundled_model_folder
-    from minilora.huggingface.model_folder import read_config
-    from minilora.huggingface.provenance import decide_quantize
-    from minilora.reports.planning import plan as run
-
-    source = bundled_model_folder() if model == DEMO_MODEL else model
-    quantized = decide_quantize(quantize, read_config(source, trust_remote_code), model)
-    print(
-        run(
-            source,
-            r,
-            targets=parse_targets(targets),
-            quantize="all-linear" if quantized else False,
-            trust_remote_code=trust_remote_code,
-        )
-    )
+    options["targets"] = parse_targets(options["targets"])
+    print(DryRun(**options))
 
 
 def _load(
@@ -327,16 +310,18 @@ def _load(
 ) -> tuple["nn.Module", Any]:
     """The base as it was chosen, with the adapter, and its tokenizer."""
     from minilora.files.adapters import load_adapter
-    from minilora.huggingface.loading import load_dense, pick_device
-    from minilora.training.progress import quantize_with_progress
+    from minilora.huggingface.base_model import load_base
+    from minilora.huggingface.loading import pick_device
 
     for note in choice.notes:
         say(f"note: {note}")
-    base, tokenizer = load_dense(
-        choice.name, device=pick_device(device), trust_remote_code=trust_remote_code
+    base, tokenizer = load_base(
+        choice.name,
+        quantize=choice.quantize,
+        dense=choice.dense,
+        device=pick_device(device),
+        trust_remote_code=trust_remote_code,
     )
-    if choice.quantize is not None:
-        quantize_with_progress(base, **choice.quantize)
     if adapter is not None:
         load_adapter(base, adapter, other_base=choice.other_base)
     return base, tokenizer

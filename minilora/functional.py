@@ -22,6 +22,9 @@ from torch.autograd.function import once_differentiable
 from minilora import ops
 from minilora.nf4 import DTYPES, NF4Weight
 
+# Dropout draws a seed below this from PyTorch's generator, in each forward.
+_SEEDS = 1 << 62
+
 
 def _without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
     """Autocast may be on where `.backward()` is called; the products keep the forward's dtype."""
@@ -54,41 +57,71 @@ class _NF4Linear(torch.autograd.Function):
 
 
 class _NF4LoRALinear(torch.autograd.Function):
-    """y = x W^T + b + s z B^T with z = x A^T; the gradients of kernels/reference/lora.py."""
+    """y = x W^T + b + s z B^T with z = drop(x) A^T; the gradients of kernels/reference/lora.py.
+
+    The backward draws the mask of the dropout again, from its seed.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: NF4Weight, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        w: NF4Weight,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        p: float,
+        seed: Tensor | None,
     ) -> Tensor:
-        z = x @ A.T  # [M, r]
-        ctx.save_for_backward(x, A, B, z)
-        ctx.w, ctx.scale = w, scale
+        z = _drop(x, p, seed) @ A.T  # [M, r]
+        ctx.save_for_backward(x, A, B, z, seed)
+        ctx.w, ctx.scale, ctx.p = w, scale, p
         return ops.nf4_lora_linear(x, w, bias, z, B, scale)
 
     @staticmethod
     @once_differentiable
     @_without_autocast
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, A, B, z = ctx.saved_tensors
-        w, scale = ctx.w, ctx.scale
-        needs_dx, _, needs_dbias, needs_dA, needs_dB, _ = ctx.needs_input_grad
+        x, A, B, z, seed = ctx.saved_tensors
+        w, scale, p = ctx.w, ctx.scale, ctx.p
+        needs_dx, _, needs_dbias, needs_dA, needs_dB, *_ = ctx.needs_input_grad
 
         u = dy @ B  # [M, r]
-        dx = ops.nf4_lora_linear_backward(dy, w, u, A, scale) if needs_dx else None
+        dx = _input_gradient(dy, w, u, A, scale, p, seed) if needs_dx else None
         dbias = dy.sum(0) if needs_dbias else None
-        dA = (u.T @ x).mul_(scale) if needs_dA else None
-        dB = (dy.T @ z).mul_(scale) if needs_dB else None
-        return dx, None, dbias, dA, dB, None
+        dA = (u.T @ _drop(x, p, seed)).mul_(scale) if needs_dA else None
+        # dy^T z, in the order that BLAS is faster at.
+        dB = (z.T @ dy).mul_(scale).T if needs_dB else None
+        return dx, None, dbias, dA, dB, None, None, None
 
 
-def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
+def _drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    return x if seed is None else ops.dropout(x, p, seed)
+
+
+def _input_gradient(
+    dy: Tensor, w: NF4Weight, u: Tensor, A: Tensor, scale: float, p: float, seed: Tensor | None
+) -> Tensor:
+    """dx = dy W + drop(s u A)."""
+    if seed is None:
+        return ops.nf4_lora_linear_backward(dy, w, u, A, scale)
+    update = _drop((u @ A).mul_(scale), p, seed)
+    return ops.nf4_linear_backward(dy, w).add_(update)
+
+
+def nf4_linear(
+    x: Tensor, w: NF4Weight, bias: Tensor | None = None, *, training: bool = False
+) -> Tensor:
     r"""Returns y = x W^T + bias with W in NF4, differentiable with respect to x and bias.
 
     Args:
-        x: float32, bfloat16, float16 or float64 [..., I]; y [..., O] has its dtype. W is decoded to
-            it (on the CPU, for a single row, to float32). Under autocast all follow autocast.
+        x: float32, bfloat16, float16 or float64 [..., I]; y [..., O] has its dtype, and so has the
+            decoded W. Under autocast all follow autocast.
         w: a quantized weight of shape [O, I].
         bias: [O] or None.
+        training: compute as a training step does. Otherwise, under `torch.no_grad`, few rows on the
+            CPU take a kernel that is faster and rounds in another order.
 
     Raises:
         ValueError: the last size of x is not I, or `w` is not a matrix.
@@ -99,7 +132,10 @@ def nf4_linear(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
         >>> nf4_linear(torch.randn(2, 5, 64), w).shape
         torch.Size([2, 5, 32])
     """
-    return _product(_NF4Linear, x, w, bias)
+    x, bias = _prepared(x, w, bias)
+    if not (training or torch.is_grad_enabled()):
+        return ops.nf4_inference(x, w, bias)
+    return _by_rows(_NF4Linear, x, w, bias)
 
 
 def lora_linear(
@@ -110,6 +146,8 @@ def lora_linear(
     scale: float,
     bias: Tensor | None = None,
     dropout: float = 0.0,
+    *,
+    training: bool = False,
 ) -> Tensor:
     r"""Returns y = x W^T + bias + s (drop(x) A^T) B^T   (LoRA, arXiv:2106.09685, equation 3).
 
@@ -120,6 +158,7 @@ def lora_linear(
         scale: s = alpha / r.
         bias: [O] or None.
         dropout: probability of zeroing an element of x on the adapter's path; 0 when not training.
+        training: see `nf4_linear`.
 
     Returns:
         y [..., O], in x's dtype.
@@ -130,16 +169,21 @@ def lora_linear(
         >>> bool((lora_linear(x, W, A, B, scale=2.0) == x @ W.T).all())  # B = 0: no update yet
         True
     """
-    if isinstance(base, NF4Weight) and not dropout:
-        return _product(_NF4LoRALinear, x, base, bias, A, B, scale)
+    if isinstance(base, NF4Weight):
+        x, bias = _prepared(x, base, bias)
+        if not (training or dropout or torch.is_grad_enabled()):
+            return ops.nf4_inference(x, base, bias, A, B, scale)
+        seed = torch.randint(_SEEDS, (), device="cpu") if dropout else None
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        return _by_rows(_NF4LoRALinear, x, base, bias, A, B, scale, dropout, seed)
 
-    y = nf4_linear(x, base, bias) if isinstance(base, NF4Weight) else F.linear(x, base, bias)
+    y = F.linear(x, base, bias)
     z = F.dropout(x, dropout) @ A.to(x.dtype).T
     return y + scale * z @ B.to(x.dtype).T
 
 
-def _product(function: Any, x: Tensor, w: NF4Weight, *rest: Any) -> Tensor:
-    """Applies the function to the rows of x, in the dtype that F.linear would compute in."""
+def _prepared(x: Tensor, w: NF4Weight, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Checks x, and returns it and the bias in the dtype that F.linear would compute in."""
     if len(w.shape) != 2 or x.shape[-1:] != w.shape[1:]:
         sizes = f"x {tuple(x.shape)} does not fit an NF4 weight {tuple(w.shape)}"
         raise ValueError(f"{sizes}: x must be [..., in], the weight [out, in]")
@@ -148,8 +192,10 @@ def _product(function: Any, x: Tensor, w: NF4Weight, *rest: Any) -> Tensor:
     device = x.device.type
     if is_autocast_available(device) and torch.is_autocast_enabled(device):
         x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
+    return x, None if bias is None else bias.to(x.dtype)
 
-    rows = x.reshape(-1, x.shape[-1])  # [M, I]
-    rest = tuple(t.to(x.dtype) if isinstance(t, Tensor) else t for t in rest)
-    y: Tensor = function.apply(rows, w, *rest)
+
+def _by_rows(function: Any, x: Tensor, *rest: Any) -> Tensor:
+    """Applies an autograd function to the rows of x, [M, I]."""
+    y: Tensor = function.apply(x.reshape(-1, x.shape[-1]), *rest)
     return y.view(*x.shape[:-1], y.shape[-1])

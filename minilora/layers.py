@@ -90,13 +90,32 @@ class NF4Linear(nn.Module):
     @property
     def weight(self) -> NF4Weight:
         """The quantized weight, sharing this layer's memory."""
-        packed, absmax, absmax2, offset = (_to_floats(getattr(self, name)) for name in PARTS)
+        parts: list[Any] = [self._parameters[name] for name in PARTS]
+        # Fake and sharded parameters have no address.
+        if torch.compiler.is_compiling() or type(parts[0]) is not nn.Parameter:
+            return self._view(parts)
+
+        # Making the views takes as long as a product with a single row.
+        memory = [None if part is None else part.data_ptr() for part in parts]
+        held: tuple[Any, NF4Weight] | None = vars(self).get("_held_view")
+        if held is None or held[0] != memory:
+            held = memory, self._view(parts)
+            vars(self)["_held_view"] = held
+        return held[1]
+
+    def _view(self, parts: list[Any]) -> NF4Weight:
+        packed, absmax, absmax2, offset = (_to_floats(part) for part in parts)
         tensors = packed, absmax, absmax2, None if offset is None else offset.view(())
         shape = torch.Size((self.out_features, self.in_features))
         return NF4Weight(*tensors, shape, self.weight_dtype, self.block_size, self.quant_type)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copies: without the views."""
+        return {name: value for name, value in vars(self).items() if name != "_held_view"}
+
     def forward(self, x: Tensor) -> Tensor:
-        y = nf4_linear(x.to(self.compute_dtype or x.dtype), self.weight, self.bias)
+        h = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        y = nf4_linear(h, self.weight, self.bias, training=self.training)
         return y if self.compute_dtype is None else y.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -170,13 +189,20 @@ class QLoRALinear(LoRALayer, NF4Linear):
     base_class = NF4Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.to(self.compute_dtype or x.dtype)
-        adapters: list[Any] = [self.adapters[name] for name in self.active]
+        h = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        lora = self.adapters[self.active[0]] if len(self.active) == 1 else None
         # The term of a single plain adapter is added in the same pass over y.
-        if [type(a) for a in adapters] == [LoRA] and adapters[0].bias is None:
-            lora = adapters[0]
-            dropout = lora.dropout if lora.training else 0.0
-            y = lora_linear(h, self.weight, lora.A, lora.B, lora.scale, self.bias, dropout)
+        if type(lora) is LoRA and lora.bias is None:
+            y = lora_linear(
+                h,
+                self.weight,
+                lora.A,
+                lora.B,
+                lora.scale,
+                self.bias,
+                lora.dropout if lora.training else 0.0,
+                training=self.training,
+            )
         else:
             y = super().forward(h)
         return y if self.compute_dtype is None else y.to(x.dtype)
@@ -243,7 +269,7 @@ def _subclass(kind: Any, base_class: Any) -> Any:
 
 def _reduce(layer: LoRALayer, protocol: Any) -> Any:
     """For pickle: a class made at run time is found by its base class."""
-    return _empty, type(layer).__bases__, vars(layer)
+    return _empty, type(layer).__bases__, layer.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def _empty(kind: Any, base_class: Any) -> Any:
@@ -272,7 +298,7 @@ def remove_adapter(layer: LoRALayer, name: str) -> None:
 def become(layer: Any, new: nn.Module) -> None:
     """Makes `layer` what `new` is, in its place in the model. What is not the weight's stays."""
     change_class(layer, type(new))
-    for name in (*_FORMAT, "weight", *PARTS):
+    for name in (*_FORMAT, "_held_view", "weight", *PARTS):
         for held in (vars(layer), layer._buffers, layer._parameters):
             held.pop(name, None)
     layer._parameters = {**new._parameters, **layer._parameters}

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from minilora.kernels.reference.nf4 import GROUP, PackedWeight
 
@@ -26,6 +27,8 @@ _WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, "
     "SymInt[] shape, int block_size, str quant_type"
 )
+
+_ADAPTER = "Tensor? A=None, Tensor? B=None, float scale=0."
 
 _LOW_RANK = "Tensor left, Tensor right, float scale"
 
@@ -35,9 +38,11 @@ _SCHEMAS = {
     "double_quantize": ("nf4", "(Tensor absmax) -> (Tensor, Tensor, Tensor)"),
     "double_dequantize": ("nf4", "(Tensor codes, Tensor absmax2, Tensor offset) -> Tensor"),
     "dequantize": ("nf4", f"({_WEIGHT}, ScalarType dtype) -> Tensor"),
+    "dropout": ("dropout", "(Tensor x, float p, Tensor seed) -> Tensor"),
     "nf4_linear": ("matmul", f"(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor"),
     "nf4_linear_backward": ("matmul", f"(Tensor dy, {_WEIGHT}) -> Tensor"),
     "nf4_lora_linear": ("lora", f"(Tensor x, {_WEIGHT}, Tensor? bias, {_LOW_RANK}) -> Tensor"),
+    "nf4_inference": ("lora", f"(Tensor x, {_WEIGHT}, Tensor? bias, {_ADAPTER}) -> Tensor"),
     "nf4_lora_linear_backward": ("lora", f"(Tensor dy, {_WEIGHT}, {_LOW_RANK}) -> Tensor"),
 }
 
@@ -63,10 +68,13 @@ def _assembled(kernel: Callable[..., Any], signature: str) -> Callable[..., Any]
 
 
 def _kernel(backend: str, file: str, name: str) -> Callable[..., Any]:
-    """Returns a function that imports minilora.kernels.<backend>.<file> when it is called."""
+    """Returns a function that imports minilora.kernels.<backend>.<file> at its first call."""
+    kernel: Any = None
 
     def call(*args: Any) -> Any:
-        kernel = getattr(importlib.import_module(f"minilora.kernels.{backend}.{file}"), name)
+        nonlocal kernel
+        if kernel is None:
+            kernel = getattr(importlib.import_module(f"minilora.kernels.{backend}.{file}"), name)
         device = args[0].device.type
         if not torch.is_autocast_enabled(device):
             return kernel(*args)
@@ -100,6 +108,10 @@ def _fake_dequantize(w: PackedWeight, dtype: torch.dtype) -> Tensor:
     return w.packed.new_empty(w.shape, dtype=dtype)
 
 
+def _fake_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _fake_nf4_linear(x: Tensor, w: PackedWeight, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], w.shape[0]))
 
@@ -109,6 +121,7 @@ def _fake_nf4_linear_backward(dy: Tensor, w: PackedWeight, *rest: Any) -> Tensor
 
 
 _fake_nf4_lora_linear = _fake_nf4_linear
+_fake_nf4_inference = _fake_nf4_linear
 _fake_nf4_lora_linear_backward = _fake_nf4_linear_backward
 
 
@@ -123,6 +136,24 @@ for _name, (_file, _signature) in _SCHEMAS.items():
         torch.library.impl(_operator, _key, _call)
 
 
+def _undispatched(name: str) -> Callable[..., Tensor]:
+    """The operator with the signature of kernels/reference, called without PyTorch's dispatcher.
+
+    A dispatch takes 10 microseconds, as long as a small layer with a single row. It is needed where
+    something traces or watches the operators, and on other devices than the CPU.
+    """
+    dispatched = _with_weight(name)
+    cpu_kernel = _kernel("cpu", _SCHEMAS[name][0], name)
+
+    def call(x: Tensor, *rest: Any) -> Tensor:
+        is_traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+        if x.is_cpu and type(x) is Tensor and not is_traced:
+            return cpu_kernel(x, *rest)  # type: ignore[no-any-return]
+        return dispatched(x, *rest)
+
+    return call
+
+
 def _with_weight(name: str, at: int = 1) -> Callable[..., Tensor]:
     """The operator with the signature of kernels/reference, where w is argument number `at`."""
     operator = getattr(torch.ops.minilora, name).default
@@ -132,8 +163,10 @@ def _with_weight(name: str, at: int = 1) -> Callable[..., Tensor]:
 quantize = torch.ops.minilora.quantize.default
 double_quantize = torch.ops.minilora.double_quantize.default
 double_dequantize = torch.ops.minilora.double_dequantize.default
+dropout = torch.ops.minilora.dropout.default
 dequantize = _with_weight("dequantize", at=0)
 nf4_linear = _with_weight("nf4_linear")
 nf4_linear_backward = _with_weight("nf4_linear_backward")
 nf4_lora_linear = _with_weight("nf4_lora_linear")
+nf4_inference = _undispatched("nf4_inference")
 nf4_lora_linear_backward = _with_weight("nf4_lora_linear_backward")

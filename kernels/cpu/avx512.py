@@ -14,12 +14,20 @@ from llvmlite.ir import IRBuilder, Value, VectorType
 from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
-_NEEDED = ("avx512f", "avx512bw")
+_LOOK_UP = ("avx512f", "avx512bw")
+_BFLOAT16_DOT = (*_LOOK_UP, "avx512bf16")
 
 # Decided before anything compiles: LLVM aborts the process on an instruction that its target lacks.
 # A CPU name in Numba's configuration means that the code is compiled for some other processor.
 _features = get_host_cpu_features()
-AVX512 = config.CPU_NAME is None and all(_features.get(name, False) for name in _NEEDED)
+
+
+def _has(names: Iterable[str]) -> bool:
+    return config.CPU_NAME is None and all(_features.get(name, False) for name in names)
+
+
+AVX512 = _has(_LOOK_UP)
+AVX512_BF16 = _has(_BFLOAT16_DOT)
 
 _I8 = ir.IntType(8)
 _I16 = ir.IntType(16)
@@ -80,10 +88,10 @@ def _broadcast(b: IRBuilder, scalar: Value) -> Value:
     return _shuffle(b, one, one, [0] * 16)
 
 
-def _call(b: IRBuilder, name: str, *operands: Value) -> Value:
-    """Calls an LLVM intrinsic whose result has the type of its first operand."""
+def _call(b: IRBuilder, name: str, *operands: Value, result: Any = None) -> Value:
+    """Calls an LLVM intrinsic; its result has the type of its first operand unless given."""
     kinds = [operand.type for operand in operands]
-    signature = ir.FunctionType(kinds[0], kinds)
+    signature = ir.FunctionType(result or kinds[0], kinds)
     function = cgutils.get_or_insert_function(b.module, signature, name)
     return b.call(function, operands)
 
@@ -97,6 +105,33 @@ def _permute(b: IRBuilder, table: Value, codes: Value) -> Value:
 def _multiply_add(b: IRBuilder, x: Value, y: Value, z: Value) -> Value:
     """Returns x * y + z, rounded once."""
     return _call(b, "llvm.fma.v16f32", x, y, z)
+
+
+def _add_dot(b: IRBuilder, sums: Value, x: Value, y: Value) -> Value:
+    """Returns sums[i] + x[2i] y[2i] + x[2i + 1] y[2i + 1]: bfloat16 numbers, float32 sums."""
+    return _call(b, "llvm.x86.avx512bf16.dpbf16ps.512", sums, x, y)
+
+
+def _sums_of_lanes(b: IRBuilder, vectors: list[Value]) -> Value:
+    """Returns the sum of the lanes of each of up to 16 vectors of float32, as one vector.
+
+    The halves of two vectors are added and take one vector together, and so on: three instructions
+    per vector, where each vector alone would take ten.
+    """
+    count, width = len(vectors), 16
+    while width > 1:
+        if len(vectors) % 2:
+            vectors = [*vectors, vectors[-1]]
+
+        half = width // 2
+        groups = range(0, 32, width)
+        low = [first + i for first in groups for i in range(half)]
+        high = [lane + half for lane in low]
+
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [b.fadd(_shuffle(b, p, q, low), _shuffle(b, p, q, high)) for p, q in pairs]
+        width = half
+    return _shuffle(b, vectors[0], vectors[0], list(range(count)))
 
 
 class _Arrays:
@@ -137,6 +172,11 @@ class _Arrays:
     ) -> Value:
         pointer = self._pointer(which, index, vector)
         return self.builder.load(pointer, align=_bytes_per_lane(vector))
+
+    def load_scalar(self, which: int, index: Value) -> Value:
+        array = self.context.make_array(self.kinds[which])
+        data = array(self.context, self.builder, self.args[which]).data
+        return self.builder.load(self.builder.gep(data, [index]))
 
     def store(
         self,
@@ -216,32 +256,78 @@ def _look_up_bfloat16(
     return context.get_dummy_value()
 
 
-def _add_product(
+def _bfloat16_table(b: IRBuilder, levels: Value) -> Value:
+    """Returns the 16 levels in bfloat16, twice: a code's lane may hold a bit of the next code."""
+    return _call(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", levels, levels, result=_I16x32)
+
+
+def _decoded(b: IRBuilder, table: Value, pairs: Value) -> tuple[Value, Value]:
+    """Returns the weights of 32 high nibbles and of 32 low ones, two bfloat16 numbers per lane."""
+    codes = b.zext(pairs, _I16x32)
+    high = _permute(b, table, _shift_right(b, codes, 4))
+    low = _permute(b, table, codes)
+    return b.bitcast(high, _I32x16), b.bitcast(low, _I32x16)
+
+
+def _add_products(
     context: Any,
     b: IRBuilder,
     signature: Any,
     args: Any,
 ) -> Any:
     arrays = _Arrays(context, b, signature, args)
-    _, byte, _, _, _, first, scale, _ = args
-    table = arrays.load(_F32x16, 2)
-    product = _splat(_F32x16, 0.0)
+    R, M = (kind.literal_value for kind in signature.args[:2])
+    _, _, _, byte, row_bytes, last, _, first, _, scale, row_scales, _, blocks, _, target = args
 
-    for start in (0, 16):
-        pairs = arrays.load(_I8x16, 0, _add(b, byte, start))
-        pairs = b.zext(pairs, _I32x16)
-        high = _permute(b, table, _shift_right(b, pairs, 4))
-        low = _permute(b, table, pairs)
+    def constant(value: int) -> Value:
+        return ir.Constant(byte.type, value)
 
-        column = _add(b, first, start)
-        even = arrays.load(_F32x16, 3, column)
-        product = _multiply_add(b, high, even, product)
-        odd = arrays.load(_F32x16, 4, column)
-        product = _multiply_add(b, low, odd, product)
+    # Beyond the last row, that row is read again.
+    bytes_of_row, scales_of_row = [], []
+    for r in range(R):
+        is_beyond = b.icmp_signed("<", last, constant(r))
+        row = b.select(is_beyond, last, constant(r))
+        bytes_of_row.append(b.add(byte, b.mul(row, row_bytes)))
+        scales_of_row.append(b.add(scale, b.mul(constant(r), row_scales)))
 
-    sums = arrays.load(_F32x16, 7)
-    sums = _multiply_add(b, product, _broadcast(b, scale), sums)
-    arrays.store(sums, 7)
+    zero = _splat(_F32x16, 0.0)
+    sums = [[cgutils.alloca_once_value(b, zero) for _ in range(M)] for _ in range(R)]
+    levels = arrays.load(_F32x16, 11)
+    unscaled = _bfloat16_table(b, levels)
+
+    with cgutils.for_range(b, blocks) as loop:
+        k = loop.index
+        x = []
+        for m in range(M):
+            column = b.add(b.mul(k, constant(64 * M)), constant(64 * m))
+            column = b.add(first, column)
+            even, odd = (arrays.load(_I16x32, 6, _add(b, column, i)) for i in (0, 32))
+            x.append((b.bitcast(even, _I32x16), b.bitcast(odd, _I32x16)))
+
+        for r in range(R):
+            at = b.add(bytes_of_row[r], b.mul(k, constant(32)))
+            pairs = arrays.load(_I8x32, 2, at)
+            absmax = arrays.load_scalar(8, b.add(scales_of_row[r], k))
+            absmax = _broadcast(b, absmax)
+
+            if M == 1:
+                # Scaling one sum is cheaper than scaling 16 levels.
+                high, low = _decoded(b, unscaled, pairs)
+                even, odd = x[0]
+                product = _add_dot(b, _add_dot(b, zero, high, even), low, odd)
+                scaled = _multiply_add(b, product, absmax, b.load(sums[r][0]))
+                b.store(scaled, sums[r][0])
+                continue
+
+            table = _bfloat16_table(b, b.fmul(levels, absmax))
+            high, low = _decoded(b, table, pairs)
+            for m, (even, odd) in enumerate(x):
+                product = _add_dot(b, b.load(sums[r][m]), high, even)
+                b.store(_add_dot(b, product, low, odd), sums[r][m])
+
+    total = _sums_of_lanes(b, [b.load(held) for row in sums for held in row])
+    total = b.fadd(total, arrays.load(total.type, 13, target))
+    arrays.store(total, 13, target)
     return context.get_dummy_value()
 
 
@@ -264,21 +350,31 @@ def look_up_64(
     return signature, build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def add_product_64(
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def add_products(
     typing: Any,
+    R: Any,
+    M: Any,
     packed: Any,
     byte: Any,
-    levels: Any,
-    even: Any,
-    odd: Any,
+    row_bytes: Any,
+    last: Any,
+    x: Any,
     first: Any,
+    scales: Any,
     scale: Any,
+    row_scales: Any,
+    levels: Any,
+    blocks: Any,
     sums: Any,
+    target: Any,
 ) -> Any:
-    """sums[0:16] += scale * (levels[high nibbles] * even + levels[low nibbles] * odd).
+    """sums[target + r M + m] += W[r] . x[m] over blocks of 64, for R rows of W and M rows of x.
 
-    Over the 32 bytes from packed[byte] and the 32 elements from even[first] and odd[first].
+    R M is at most 16: each sum has a register. Row r of W starts at packed[byte + r row_bytes] and
+    scales[scale + r row_scales]; rows above `last` repeat it. The weights are rounded to bfloat16,
+    the products are summed in float32. x holds bfloat16 bits, [blocks, M, 2, 32] from x[first]: of
+    each block of 64 the elements with an even index, then those with an odd one.
     """
-    kinds = packed, byte, levels, even, odd, first, scale, sums
-    return types.void(*kinds), _add_product
+    kinds = R, M, packed, byte, row_bytes, last, x, first, scales, scale, row_scales, levels
+    return types.void(*kinds, blocks, sums, target), _add_products

@@ -6,6 +6,7 @@ The low-rank term is added in place: y is read and written once more, not copied
 from torch import Tensor
 
 from ..reference.nf4 import PackedWeight
+from .few_rows import few_rows, is_faster
 from .matmul import nf4_linear, nf4_linear_backward
 
 
@@ -22,6 +23,24 @@ def nf4_lora_linear(
     y = nf4_linear(x, w, bias)
     y.view(-1, O).addmm_(z.reshape(-1, r), B.T, alpha=scale)
     return y
+
+
+def nf4_inference(
+    x: Tensor,
+    w: PackedWeight,
+    bias: Tensor | None,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    scale: float = 0.0,
+) -> Tensor:
+    """Returns x W^T + bias + scale (x A^T) B^T, [.., O], in x's dtype; no gradient is needed."""
+    if is_faster(x.numel() // w.shape[1], w, x.dtype):
+        y = few_rows(x, w, A, B, scale)
+        return y if bias is None else y.add_(bias)
+    if A is None or B is None:
+        return nf4_linear(x, w, bias)
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    return nf4_lora_linear(x, w, bias, x @ A.T, B, scale)
 
 
 def nf4_lora_linear_backward(

@@ -2,29 +2,24 @@
 
 With many rows of x, W is dequantized into scratch memory that the thread keeps, and BLAS
 multiplies: the page faults of a new dense W take longer than dequantizing it (7 ms against 1.5 ms
-for 4096 x 4096 in bfloat16). A single row (decoding token by token) needs no dense W at all: each
-block is looked up and summed in registers, so only the packed bytes cross the memory bus.
+for 4096 x 4096 in bfloat16). A single row needs no dense W at all: few_rows.py multiplies the
+weights as it decodes them, and without gradients it does so for up to 32 rows (`nf4_inference` in
+lora.py).
 """
 
 import threading
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.nf4 import PackedWeight
 from . import nf4
-from .avx512 import AVX512, add_product_64
-from .nf4 import absmax_of_block
-from .runtime import array, empty, jit, run
+from .few_rows import few_rows
+from .runtime import empty
 
 # A larger weight is processed in tiles: one of 4096 x 4096 fits whole in float32.
 _SCRATCH_BYTES = 64 << 20
-
-# The fewest rows of W that are worth a thread of their own.
-_GRAIN = 64
 
 # Scratch memory is never shared by two threads.
 _local = threading.local()
@@ -41,69 +36,6 @@ def _scratch(n: int, dtype: torch.dtype) -> Tensor:
     return held[:nbytes].view(dtype)
 
 
-@jit
-def _one_row_product(
-    packed: Any,
-    absmax: Any,
-    absmax2: Any,
-    offset: np.float32,
-    levels: Any,
-    even: Any,
-    odd: Any,
-    y: Any,
-    block_size: int,
-    start: int,
-    stop: int,
-) -> None:
-    """y[o] = sum over blocks of absmax * (levels . x), for o in [start, stop)."""
-    blocks = 2 * even.size // block_size
-    half = block_size // 2
-    sums = np.zeros(16, np.float32)
-
-    for o in range(start, stop):
-        sums[:] = 0
-        for k in range(blocks):
-            b = o * blocks + k
-            scale = absmax_of_block(b, absmax, absmax2, offset)
-            byte = b * half
-            first = k * half
-
-            if AVX512 and half % 32 == 0:
-                for i in range(0, half, 32):
-                    add_product_64(packed, byte + i, levels, even, odd, first + i, scale, sums)
-            else:
-                product = np.float32(0)
-                for i in range(half):
-                    pair = packed[byte + i]
-                    high = levels[pair >> 4] * even[first + i]
-                    low = levels[pair & 15] * odd[first + i]
-                    product += high + low
-                sums[0] += scale * product
-        y[o] = sums.sum()
-
-
-def _one_row(x: Tensor, w: PackedWeight) -> Tensor:
-    """Returns x W^T, [O], for a single row x [1, I]."""
-    O, I = w.shape
-    y = torch.empty(O, dtype=torch.float32)
-
-    # The first code of a byte, its high nibble, multiplies an even column.
-    pairs = x.reshape(I // 2, 2).float()
-    even, odd = pairs.T.contiguous()
-
-    run(
-        _one_row_product,
-        *nf4.loop_arguments(w),
-        array(even),
-        array(odd),
-        array(y),
-        w.block_size,
-        rows=(0, O),
-        grain=_GRAIN,
-    )
-    return y.to(x.dtype)
-
-
 def _is_tiled(w: PackedWeight, dtype: torch.dtype) -> bool:
     """Whether the compiled loops apply: they write this dtype, and no block crosses a row."""
     is_written = dtype in (torch.float32, torch.bfloat16)
@@ -117,14 +49,11 @@ def nf4_linear(x: Tensor, w: PackedWeight, bias: Tensor | None) -> Tensor:
         return F.linear(x, W, bias)
 
     O, I = w.shape
-    rows = x.reshape(-1, I)
-    out = x.new_empty((*x.shape[:-1], O))
-    y = out.view(-1, O)
-
-    if rows.shape[0] == 1:
-        y[0] = _one_row(rows, w)
+    if x.numel() == I:
+        out = few_rows(x, w)
     else:
-        _tiled_product(rows, w, y)
+        out = x.new_empty((*x.shape[:-1], O))
+        _tiled_product(x.reshape(-1, I), w, out.view(-1, O))
     return out if bias is None else out.add_(bias)
 
 

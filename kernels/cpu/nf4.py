@@ -20,7 +20,7 @@ from ..reference.nf4 import TINY as _TINY
 from .avx512 import AVX512, look_up_64
 from .runtime import array, bits, empty, jit, run
 
-_MAP8 = array(codebooks.MAP8).copy()
+MAP8 = array(codebooks.MAP8).copy()
 _THRESHOLDS8 = array(codebooks.midpoints(codebooks.MAP8)).copy()
 _SMALLEST = np.float32(_TINY)
 _NO_FLOATS = np.zeros(0, dtype=np.float32)
@@ -30,7 +30,7 @@ _GRAIN = 8192 * 64
 
 
 @functools.cache
-def _levels(quant_type: str) -> Any:
+def levels_of(quant_type: str) -> Any:
     return array(codebooks.levels(quant_type)).copy()
 
 
@@ -52,7 +52,7 @@ def loop_arguments(w: PackedWeight) -> tuple[Any, ...]:
     Without double quantization absmax2 is empty.
     """
     packed, absmax = array(w.packed), array(w.absmax)
-    levels = _levels(w.quant_type)
+    levels = levels_of(w.quant_type)
 
     if w.absmax2 is None or w.offset is None:
         return packed, absmax, _NO_FLOATS, np.float32(0), levels
@@ -191,7 +191,7 @@ def absmax_of_block(
 ) -> Any:
     """Returns the absmax of block b, as stored or from its double quantization."""
     if absmax2.size:
-        level = _MAP8[int(absmax[b])]
+        level = MAP8[int(absmax[b])]
         return level * absmax2[b // GROUP] + offset
     return np.float32(absmax[b])
 
@@ -228,7 +228,7 @@ def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
 
 
 @jit
-def _rounded_to_bfloat16(level: np.uint32) -> Any:
+def rounded_to_bfloat16(level: np.uint32) -> Any:
     """Returns the bits of a float32 number in bfloat16: to nearest, ties to even."""
     odd = level >> np.uint32(16) & np.uint32(1)
     rounded = level + np.uint32(0x7FFF) + odd
@@ -236,7 +236,7 @@ def _rounded_to_bfloat16(level: np.uint32) -> Any:
 
 
 @jit
-def _look_up(
+def look_up(
     packed: Any,
     source: int,
     levels: Any,
@@ -254,7 +254,7 @@ def _look_up(
         scaled[0] = levels[j] * scale
         level = scaled_bits[0]
         if out.itemsize == 2:
-            level = _rounded_to_bfloat16(level)
+            level = rounded_to_bfloat16(level)
         table[j] = level
 
     for i in range(0, size - 1, 2):
@@ -306,7 +306,7 @@ def _dequantize(
 
             if source < end:
                 rest = end - source
-                _look_up(packed, source, levels, scale, out, target, rest)
+                look_up(packed, source, levels, scale, out, target, rest)
 
 
 def dequantize_tile(

@@ -63,14 +63,22 @@ def _digest_of_sources() -> str:
 _SOURCES = _digest_of_sources()
 
 
+def name_for_cache(function: Callable[..., Any]) -> None:
+    """Makes the cache on disk notice when any source of a kernel changes.
+
+    Numba names the cached file after the function and compares the time and size of the file that
+    holds it, not of the files that its helpers come from. So the function's name gets a digest of
+    all of them.
+    """
+    function.__qualname__ += f"_{_SOURCES}"
+
+
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles `function` at its first call, without the GIL, and caches the machine code on disk.
 
-    Numba names the cached file after the function and compares the time and size of the file that
-    holds it, not of the files that its helpers come from. A digest of all of them in the function's
-    name invalidates the cache when any of them changes.
+    See `name_for_cache`.
     """
-    function.__qualname__ += f"_{_SOURCES}"
+    name_for_cache(function)
     options: dict[str, Any] = {
         "nogil": True,
         "boundscheck": False,

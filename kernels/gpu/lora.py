@@ -28,6 +28,21 @@ def nf4_lora_linear(
     return forward(x, w, bias, LowRank(z, B, scale))
 
 
+def nf4_inference(
+    x: Tensor,
+    w: PackedWeight,
+    bias: Tensor | None,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    scale: float = 0.0,
+) -> Tensor:
+    """Returns x W^T + bias + scale (x A^T) B^T, [.., O], in x's dtype; no gradient is needed."""
+    if A is None or B is None:
+        return forward(x, w, bias, None)
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    return nf4_lora_linear(x, w, bias, x @ A.T, B, scale)
+
+
 def nf4_lora_linear_backward(
     dy: Tensor,
     w: PackedWeight,

@@ -40,15 +40,39 @@ def merged_weight(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def nf4_lora_linear(
-    x: Tensor, w: PackedWeight, bias: Tensor | None, z: Tensor, B: Tensor, scale: float
+    x: Tensor,
+    w: PackedWeight,
+    bias: Tensor | None,
+    z: Tensor,
+    B: Tensor,
+    scale: float,
 ) -> Tensor:
     """Returns x W^T + bias + scale z B^T, [.., O], in x's dtype."""
     y = nf4_linear(x, w, bias)
     return y + scale * (z @ B.T)
 
 
+def nf4_inference(
+    x: Tensor,
+    w: PackedWeight,
+    bias: Tensor | None,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    scale: float = 0.0,
+) -> Tensor:
+    """Returns x W^T + bias + scale (x A^T) B^T, [.., O], in x's dtype; no gradient is needed."""
+    if A is None or B is None:
+        return nf4_linear(x, w, bias)
+    z = x @ A.to(x.dtype).T
+    return nf4_lora_linear(x, w, bias, z, B.to(x.dtype), scale)
+
+
 def nf4_lora_linear_backward(
-    dy: Tensor, w: PackedWeight, u: Tensor, A: Tensor, scale: float
+    dy: Tensor,
+    w: PackedWeight,
+    u: Tensor,
+    A: Tensor,
+    scale: float,
 ) -> Tensor:
     """Returns dx = dy W + scale u A, [.., I], in dy's dtype."""
     return nf4_linear_backward(dy, w) + scale * (u @ A)

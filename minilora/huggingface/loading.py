@@ -115,11 +115,14 @@ def recorded_name(source: str | Path) -> str:
     return str(source)
 
 
-def load_config(source: str | Path, *, trust_remote_code: bool = False) -> Any:
+def load_config(
+    source: str | Path, *, trust_remote_code: bool = False, allow_4bit: bool = False
+) -> Any:
     """Returns the transformers config of a model, checked; no weights are read.
 
     Args:
         source, trust_remote_code: as for `load_dense`.
+        allow_4bit: see `read_config`.
 
     Raises:
         ValueError: see `read_config`, or transformers does not know the kind of model.
@@ -127,7 +130,7 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     path = bundled_model_folder() if str(source) == DEMO_MODEL else source
-    read_config(path, trust_remote_code)
+    read_config(path, trust_remote_code, allow_4bit=allow_4bit)
     with named_errors(source):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 

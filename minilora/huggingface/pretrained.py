@@ -79,8 +79,30 @@ def load(
         >>> type(model.model.layers[0].mlp.up_proj).__name__
         'NF4Linear'
     """
+    return read_pretrained(
+        path_or_id,
+        quantization_config=quantization_config,
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        causal=False,
+    )
+
+
+def read_pretrained(
+    path_or_id: str | Path,
+    *,
+    quantization_config: Any,
+    dtype: torch.dtype | None,
+    compute_dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    trust_remote_code: bool,
+    causal: bool,
+) -> tuple[nn.Module, Any]:
+    """`load`, of a causal language model if `causal` is set, whatever class the config names."""
     path = bundled_model_folder() if str(path_or_id) == DEMO_MODEL else path_or_id
-    contents = read_config(path, trust_remote_code, allow_4bit=True, causal=False)
+    contents = read_config(path, trust_remote_code, allow_4bit=True, causal=causal)
     stored = contents["quantization_config"] if is_4bit(contents) else None
     if stored is not None and quantization_config is not None:
         raise ValueError(
@@ -99,8 +121,8 @@ def load(
     if device is not None:
         options["device_map"] = {"": pick_device(str(device))}
 
-    with named_errors(path_or_id, ""):
-        cls, config = _described(path, contents, trust_remote_code)
+    with named_errors(path_or_id, " as a causal language model" if causal else ""):
+        cls, config = _described(path, contents, trust_remote_code, causal)
         if Path(path).is_dir():
             check_weights(Path(path))
         if stored is not None:
@@ -110,19 +132,19 @@ def load(
         tokenizer = read_tokenizer(path, trust_remote_code) if _has_tokenizer(path) else None
         model = read_model(cls, path, **options)
         check_finite(model)
-        if _CAUSAL.fullmatch(type(model).__name__):
+        if causal or _CAUSAL.fullmatch(type(model).__name__):
             try_out(model)
     model.config._name_or_path = recorded_name(path_or_id)
     return model, tokenizer
 
 
 def _described(
-    path: str | Path, contents: Mapping[str, Any], trust_remote_code: bool
+    path: str | Path, contents: Mapping[str, Any], trust_remote_code: bool, causal: bool
 ) -> tuple[Any, Any]:
     """The class that reads a model, and its config. Raises unless they make a model."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    cls = _model_class(contents)
+    cls = AutoModelForCausalLM if causal else _model_class(contents)
     trust = {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(path, **trust)
     # Without memory: the weights may be another model's.

@@ -15,7 +15,7 @@ from minilora.files.adapters import base_name, trained_on
 from minilora.files.peft_config import CONFIG as ADAPTER_CONFIG
 from minilora.huggingface.bundled import DEMO_MODEL
 from minilora.huggingface.messages import one_line
-from minilora.huggingface.model_folder import CONFIG, is_hub_id
+from minilora.huggingface.model_folder import CONFIG, is_4bit, is_hub_id
 
 _KEY = "minilora"
 
@@ -71,7 +71,7 @@ def merged_from(config: Any) -> Merged | None:
 
 
 def decide_quantize(quantize: bool | None, config: Any, source: str | Path) -> bool:
-    """Returns whether to quantize a base before training: what was asked for, by default yes.
+    """Returns whether to train on a quantized base: what was asked for, by default yes.
 
     Args:
         quantize: what was asked for; None: the default.
@@ -87,7 +87,8 @@ def decide_quantize(quantize: bool | None, config: Any, source: str | Path) -> b
         (True, False)
     """
     merged = merged_from(config)
-    if quantize is None and merged is not None:
+    stored = is_4bit(config if isinstance(config, Mapping) else config.to_dict())
+    if quantize is None and not stored and merged is not None:
         raise ValueError(
             f"{source} is a merged model (of {one_line(merged.base, 80)} and "
             f"{one_line(merged.adapter, 80)}): quantizing it would undo most of the merge. Choose "
@@ -102,15 +103,17 @@ class BaseChoice:
 
     Attributes:
         name: a folder, a hub id or "smollm2".
-        quantize: the options of `minilora.quantize`; None: the base stays dense.
+        quantize: the options of `minilora.NF4Config`; None: the base stays as it is stored.
         notes: what the user should know about the choice.
         other_base: whether it is another base than the adapter was trained on.
+        dense: whether a dense base was asked for: one that is stored in 4 bits is refused.
     """
 
     name: str
     quantize: dict[str, Any] | None
     notes: tuple[str, ...] = ()
     other_base: bool = False
+    dense: bool = False
 
 
 def choose_base(
@@ -137,8 +140,9 @@ def choose_base(
     if name is None:
         name = _name_of_base(adapter, trust_remote_code)
         notes.append(f"base model: {one_line(name)} (from {one_line(adapter)}/{ADAPTER_CONFIG})")
+    dense = quantize is False
     if adapter is None:
-        return BaseChoice(name, {} if quantize else None)
+        return BaseChoice(name, {} if quantize else None, dense=dense)
 
     shown, trained = one_line(adapter), trained_on(adapter)
     if trained is None:
@@ -147,18 +151,19 @@ def choose_base(
                 f"{shown} does not say whether its base was quantized: the base stays dense "
                 "(--quantize to quantize it)"
             )
-        return BaseChoice(name, {} if quantize else None, tuple(notes))
+        return BaseChoice(name, {} if quantize else None, tuple(notes), dense=dense)
 
     if quantize is None or quantize == trained.quantized:
         options = asdict(trained.usual) if trained.quantized else None
-        return BaseChoice(name, options, tuple(notes))
+        return BaseChoice(name, options, tuple(notes), dense=dense)
 
     before, now = ("dense", "quantized") if quantize else ("quantized", "dense")
     notes.append(
         f"{shown} was trained on a {before} base, and this one is {now}, as requested: its answers "
         "and its hold-out loss can differ"
     )
-    return BaseChoice(name, {} if quantize else None, tuple(notes), other_base=True)
+    options = {} if quantize else None
+    return BaseChoice(name, options, tuple(notes), other_base=True, dense=dense)
 
 
 def _name_of_base(adapter: str | None, trust_remote_code: bool) -> str:

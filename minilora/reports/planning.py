@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,13 +13,15 @@ from minilora.checks import (
     check_can_be_quantized,
     warn_of_unreached,
 )
-from minilora.kernels.reference.nf4 import GROUP
 from minilora.layers import NF4Linear
 from minilora.lora import check_options
 from minilora.nf4 import check_format
-from minilora.reports.formatting import format_bytes
-from minilora.reports.pictures import stacked_bar
-from minilora.reports.tables import Table, group_layers
+from minilora.reports.decoders import read_adapters, read_decoder
+from minilora.reports.memory import READ_WINDOW, Batch, Run
+from minilora.reports.memory import nf4_bytes as nf4_bytes
+from minilora.reports.plans import Plan as Plan
+from minilora.reports.plans import Row as Row
+from minilora.reports.shapes import is_shape, naming_similar_shapes, shape_config
 from minilora.surgery import Pattern
 from minilora.targets import (
     Targets,
@@ -31,124 +33,6 @@ from minilora.targets import (
     unreached_matrices,
 )
 from minilora.whole import select_parameters
-
-
-@dataclass(frozen=True)
-class Row:
-    """One layer that would get an adapter.
-
-    Attributes:
-        name: the layer's full name.
-        out_features, in_features: the size of its weight, [out, in].
-        adapter_parameters: r (in + out), and out more for the bias of B.
-        base_bytes: memory of the frozen weight.
-    """
-
-    name: str
-    out_features: int
-    in_features: int
-    adapter_parameters: int
-    base_bytes: int
-
-
-@dataclass(frozen=True, repr=False)
-class Plan:
-    """The result of `plan`. It prints as a table; a notebook adds a bar of the memory.
-
-    Attributes:
-        model: the model's class, or the folder or hub id that it comes from.
-        r: the rank.
-        quantize: whether layers would be in NF4.
-        rows: the layers that would get an adapter.
-        left_out: linear layers that would not.
-        unreached: parameters in matrices outside of linear layers, as those of a mixture's experts:
-            they stay dense and get no adapter.
-        parameters: the model's parameters; a tied one counts once.
-        trainable: the parameters that would be trained.
-        bytes: memory by kind: "quantized", "dense" (whatever is not quantized), "adapters",
-            "gradients", "optimizer" (AdamW's two states).
-    """
-
-    model: str
-    r: int
-    quantize: bool
-    rows: tuple[Row, ...]
-    left_out: tuple[str, ...]
-    unreached: int
-    parameters: int
-    trainable: int
-    bytes: dict[str, int]
-
-    @property
-    def total_bytes(self) -> int:
-        """Weights, adapters, gradients and optimizer states.
-
-        Activations are not included; they depend on batch size and sequence length.
-        """
-        return sum(self.bytes.values())
-
-    def table(self) -> Table:
-        """One row per name and size."""
-        share = self.trainable / self.parameters
-        title = (
-            f"{self.model}: {self.parameters:,} parameters, "
-            f"{self.trainable:,} trainable ({share:.2%})"
-        )
-
-        rows = []
-        for kind, layers in group_layers(self.rows).items():
-            adapter = sum(row.adapter_parameters for row in layers)
-            base = sum(row.base_bytes for row in layers)
-            rows.append((*kind, f"{len(layers)}", f"{adapter:,}", format_bytes(base)))
-
-        below = [f"total {format_bytes(self.total_bytes)}, plus activations"]
-        if self.left_out:
-            below.insert(0, f"no adapter: {_shortened(self.left_out)}")
-        if self.unreached:
-            share = self.unreached / self.parameters
-            kept = f"{self.unreached:,} parameters ({share:.0%}) outside of linear layers"
-            below.insert(0, f"no adapter, not quantized: {kept}, as the experts of a mixture")
-
-        head = ("layer", "out x in", "count", "adapter", "base")
-        return Table(title, head, tuple(rows), tuple(below))
-
-    def _held(self) -> dict[str, int]:
-        return {kind: n for kind, n in self.bytes.items() if n}
-
-    def __repr__(self) -> str:
-        kinds = ", ".join(f"{kind} {format_bytes(n)}" for kind, n in self._held().items())
-        table = self.table()
-        return str(replace(table, below=(*table.below, kinds)))
-
-    def _repr_html_(self) -> str:
-        held = self._held()
-        labels = {kind: format_bytes(n) for kind, n in held.items()}
-        return self.table().html(stacked_bar(held, labels))
-
-
-def _shortened(names: Sequence[str]) -> str:
-    """The first four of the names, and how many more there are."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
-
-
-def nf4_bytes(n: int, block_size: int = 64, double_quant: bool = True) -> int:
-    """Returns the bytes of n weights in NF4.
-
-    4 bits per weight; a float32 absmax per block or, with double quantization, 8 bits per block,
-    a float32 absmax2 per group of 256 blocks and one float32 offset.
-
-    Example:
-        >>> nf4_bytes(4096 * 4096) * 8 / 4096**2
-        4.126955032348633
-    """
-    codes = (n + 1) // 2
-    blocks = -(-n // block_size)
-    if not double_quant:
-        return codes + 4 * blocks
-
-    groups = -(-blocks // GROUP)
-    return codes + blocks + 4 * groups + 4
 
 
 def plan(
@@ -168,15 +52,26 @@ def plan(
     double_quant: bool = True,
     strict: bool = False,
     trust_remote_code: bool = False,
+    batch_size: int | None = None,
+    length: int | None = None,
+    checkpointing: bool | None = None,
+    dropout: float = 0.0,
+    grad_accum: int = 1,
+    paged_optimizer: bool = False,
+    efficient: bool = True,
 ) -> Plan:
     """Returns what `quantize` and `inject` would do with these arguments, and the memory of a run.
+
+    With a batch size and a length, activations and logits count too, and the plan says which phase
+    of a run needs the most: loading, the loss, the backward pass or the optimizer's step.
 
     Nothing is changed. Matrices that neither of the two reaches, such as the experts of a mixture,
     are counted and warned of.
 
     Args:
-        model: a module on any device, the meta device included; a transformers config; or a
-            folder or hub id, of which only the config is read.
+        model: a module on any device, the meta device included; a transformers config; a folder or
+            hub id, of which only the config is read; or the name of a well-known shape, as
+            "llama-65b" (see minilora/reports/shapes.py).
         r, alpha, targets, exclude, train_also, strict: as for `inject`.
         rank_pattern, alpha_pattern, layers_to_transform, lora_bias: as for `inject`.
         quantize: True: what `targets` and `exclude` mean is in NF4. False: the base stays as it is.
@@ -184,18 +79,31 @@ def plan(
             "all-linear").
         block_size, double_quant: as for `quantize`.
         trust_remote_code: run the Python files that come with a folder or hub id.
+        batch_size, length: number of sequences in a forward pass, and tokens per sequence.
+        checkpointing: gradient checkpointing. Default: with a base in NF4, as `finetune` does.
+        dropout: as for `inject`.
+        grad_accum: number of forward passes per step: with more than one, the gradients of the
+            first are there while the next is computed.
+        paged_optimizer: the optimizer's states are in host memory, as `PagedAdamW` moves them
+            there, and not counted.
+        efficient: the training step of `finetune`, which keeps less and computes the loss in
+            chunks. False: the modules and the loss of transformers.
 
     Raises:
         ValueError, TypeError: what `quantize` and `inject` would raise, such as a target that
-            matches nothing, or matrices outside of linear layers with strict=True.
+            matches nothing, or matrices outside of linear layers with strict=True. Also for a batch
+            of a model that is not a decoder of linear layers.
 
     Example:
         >>> p = plan(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8)), r=4)
         >>> p.trainable, [row.name for row in p.rows]
         (800, ['0', '1'])
+        >>> p = plan("llama-7b", r=16, batch_size=4, length=512)
+        >>> p.peak_phase, round(p.total_bytes / 1e9, 1)
+        ('backward', 5.3)
     """
     check_format(block_size, "nf4")
-    name, model = _named_model(model, trust_remote_code)
+    name, model = named_model(model, trust_remote_code)
 
     adapted = select_layers(model, targets, exclude)
     if layers_to_transform is not None:
@@ -220,7 +128,7 @@ def plan(
 
     warn_of_unreached(model, targets, strict, "quantized or adapted", stacklevel=3)
 
-    return Plan(
+    found = Plan(
         model=name,
         r=r,
         quantize=bool(to_quantize),
@@ -237,6 +145,72 @@ def plan(
             "optimizer": 2 * gradients,
         },
     )
+    batch = _batch(model, batch_size, length, checkpointing, bool(in_nf4), dropout, efficient)
+    if batch is None:
+        return found
+
+    window = _read_window(to_quantize)
+    run = _run(found, model, ranks, batch, window, paged_optimizer, grad_accum > 1)
+    return found.with_run(run)
+
+
+def _batch(
+    model: nn.Module,
+    size: int | None,
+    length: int | None,
+    checkpointing: bool | None,
+    in_nf4: bool,
+    dropout: float,
+    efficient: bool,
+) -> Batch | None:
+    """The batch of a run. None: only what does not depend on it is planned."""
+    if size is None and length is None:
+        return None
+    for name, n in (("batch_size", size), ("length", length)):
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise ValueError(f"{name}={n}: give batch_size and length, whole numbers from 1")
+
+    floats = [p for p in model.parameters() if p.is_floating_point()]
+    return Batch(
+        size=size or 1,
+        length=length or 1,
+        checkpointing=in_nf4 if checkpointing is None else checkpointing,
+        dropout=dropout > 0 and not in_nf4,
+        compute_bytes=floats[0].element_size(),
+        efficient=efficient,
+    )
+
+
+def _run(
+    planned: Plan,
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    batch: Batch,
+    window: int,
+    paged_optimizer: bool,
+    accumulate: bool,
+) -> Run:
+    """What a run of the planned model holds, and its batch."""
+    count = planned.bytes
+    optimizer = 0 if paged_optimizer else count["optimizer"]
+    base = {"quantized": count["quantized"], "dense": count["dense"]}
+    return Run(
+        held={**base, "adapters": count["adapters"], "optimizer": optimizer},
+        gradients=count["gradients"],
+        loading={**base, "reading": window},
+        decoder=read_decoder(model),
+        adapters=read_adapters(model, ranks),
+        batch=batch,
+        accumulate=accumulate,
+    )
+
+
+def _read_window(to_quantize: Mapping[str, Any]) -> int:
+    """The bytes of dense weights that are in memory while these layers are read and quantized."""
+    sizes = [
+        layer.weight.nbytes for layer in to_quantize.values() if not isinstance(layer, NF4Linear)
+    ]
+    return min(sum(sizes), max(READ_WINDOW, *sizes)) if sizes else 0
 
 
 def _checked_ranks(
@@ -312,13 +286,17 @@ def _count_parameters(model: nn.Module) -> int:
     return dense + sum(int(layer.weight.numel()) for layer in quantized)
 
 
-def _named_model(source: Any, trust_remote_code: bool) -> tuple[str, nn.Module]:
+def named_model(source: Any, trust_remote_code: bool = False) -> tuple[str, nn.Module]:
     """Returns (name, model). A config or a model's name gives a model on the meta device."""
     if isinstance(source, nn.Module):
         return type(source).__name__, source
 
     from minilora.huggingface.loading import empty_model
 
-    model = empty_model(source, trust_remote_code=trust_remote_code)
+    if is_shape(source) and not Path(source).is_dir():
+        return source, empty_model(shape_config(source))
+
+    with naming_similar_shapes(source):
+        model = empty_model(source, trust_remote_code=trust_remote_code)
     is_name = isinstance(source, str | os.PathLike)
     return str(source) if is_name else type(model).__name__, model

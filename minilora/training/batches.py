@@ -1,13 +1,15 @@
-"""From examples to batches: the hold-out split, the order of the examples, padding."""
+"""From examples to batches: the hold-out split, the order of the examples, padding, packing."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from minilora.training.config import FinetuneConfig
 from minilora.training.data import IGNORE, Example
+from minilora.training.packing import collate_packed, pack
 
 # Matrix products are compiled for each shape that occurs. Padding to a multiple of a few tokens
 # keeps the number of shapes, and so the time and memory of compiling, small.
@@ -15,6 +17,10 @@ PAD_TO_MULTIPLE = 16
 
 # How often one step may show an example. With 8 the default batch size serves even one example.
 MOST_REPEATS = 8
+
+# With `group_by_length`, the number of steps whose examples are sorted together. More would save
+# little: the lengths in one of 50 batches span a fiftieth of all lengths.
+STEPS_PER_GROUP = 50
 
 # Examples of one optimizer step, each with its index in the training data.
 Picked = Sequence[tuple[int, Example]]
@@ -43,20 +49,55 @@ def _permutation(n: int, seed: int) -> list[int]:
     return order
 
 
-def batch_order(n: int, batch_size: int, seed: int, step: int) -> list[int]:
+def batch_order(
+    n: int, batch_size: int, seed: int, step: int, lengths: tuple[int, ...] | None = None
+) -> list[int]:
     """Returns the indices, among n examples, that make up batch `step` (0, 1, ...).
 
     The batches follow each other through an endless sequence of reshuffled epochs. The result is a
     function of the arguments alone, so that a run resumes at any step without replaying the ones
     before.
+
+    Args:
+        n: number of examples.
+        batch_size: number of examples in a batch.
+        seed, step: as in the config, and counted from 0.
+        lengths: of the examples, in tokens: a batch holds examples of similar length. None: in any
+            order.
     """
     picked: list[int] = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, index = divmod(position, n)
         if not picked or index == 0:
-            order = _permutation(n, zlib.crc32(f"{seed} {epoch}".encode()))
+            order = _epoch_order(n, batch_size, seed, epoch, lengths)
         picked.append(order[index])
     return picked
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(
+    n: int, batch_size: int, seed: int, epoch: int, lengths: tuple[int, ...] | None
+) -> list[int]:
+    """The order of all examples in an epoch, in which each occurs once."""
+    order = _permutation(n, zlib.crc32(f"{seed} {epoch}".encode()))
+    if lengths is None:
+        return order
+
+    # The first examples complete the batch that the epoch before has begun.
+    begun = -epoch * n % batch_size
+    whole = begun + max(0, n - begun) // batch_size * batch_size
+    size = STEPS_PER_GROUP * batch_size
+    batches: list[list[int]] = []
+    for start in range(begun, whole, size):
+        group = order[start : min(start + size, whole)]
+        group.sort(key=lengths.__getitem__)
+        for first in range(0, len(group), batch_size):
+            batches.append(group[first : first + batch_size])
+
+    # Or every group would begin with its short examples.
+    shuffled = _permutation(len(batches), zlib.crc32(f"{seed} {epoch} batches".encode()))
+    middle = [i for batch in shuffled for i in batches[batch]]
+    return [*order[:begun], *middle, *order[whole:]]
 
 
 def check_step_size(examples: int, config: FinetuneConfig) -> None:
@@ -86,9 +127,38 @@ def pick_examples(examples: Sequence[Example], config: FinetuneConfig, step: int
     """
     check_step_size(len(examples), config)
     per_step = config.batch_size * config.grad_accum
-    order = batch_order(len(examples), per_step, config.seed, step)
+    lengths = None
+    if config.group_by_length:
+        lengths = tuple(len(example.ids) for example in examples)
+    order = batch_order(len(examples), per_step, config.seed, step, lengths)
     picked = [(i, examples[i]) for i in order]
     return sorted(picked, key=lambda pair: len(pair[1].ids))
+
+
+def micro_batches(
+    picked: Picked, config: FinetuneConfig, pad_id: int
+) -> Iterator[tuple[Picked, dict[str, Tensor]]]:
+    """Yields the batch of each forward pass of a step, with its examples.
+
+    A pass has `batch_size` rows at most: of one example each, or packed, of as many as fit into
+    `max_length` tokens. Packing changes how many passes there are, and no gradient: the examples of
+    the step are the same, and each computes what it computes alone.
+    """
+    size = config.batch_size
+    if not config.packing:
+        for start in range(0, len(picked), size):
+            micro = picked[start : start + size]
+            examples = [example for _, example in micro]
+            yield micro, collate(examples, pad_id, PAD_TO_MULTIPLE)
+        return
+
+    lengths = [len(example.ids) for _, example in picked]
+    packed = pack(lengths, config.max_length)
+    for start in range(0, len(packed), size):
+        chosen = [[picked[i] for i in row] for row in packed[start : start + size]]
+        rows = [[example for _, example in row] for row in chosen]
+        micro = [pair for row in chosen for pair in row]
+        yield micro, collate_packed(rows, pad_id, PAD_TO_MULTIPLE)
 
 
 def collate(examples: Sequence[Example], pad_id: int, multiple: int = 1) -> dict[str, Tensor]:

@@ -32,6 +32,11 @@ class FinetuneConfig:
         grad_accum: Number of forward passes per optimizer step (gradient accumulation). The loss
             is averaged over all completion tokens of the step.
         max_length: Maximum number of tokens per sequence.
+        packing: Put several short sequences into one row of up to max_length tokens, and up to
+            batch_size rows into a forward pass: less padding, the same steps, losses and gradients.
+            No sequence sees another one. Refused for models that cannot do this.
+        group_by_length: Train on sequences of similar length in each step: less padding, in another
+            order. Every epoch still shows every example once.
         weight_decay: AdamW's weight decay.
         clip: Maximum norm of the gradients; larger ones are scaled down to it.
         quantize: Quantize the base model to 4-bit NormalFloat (QLoRA); otherwise plain LoRA
@@ -81,6 +86,8 @@ class FinetuneConfig:
     batch_size: int = 8
     grad_accum: int = 1
     max_length: int = 512
+    packing: bool = False
+    group_by_length: bool = False
     weight_decay: float = 0.0
     clip: float = 1.0
     quantize: bool | None = None

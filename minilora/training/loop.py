@@ -20,11 +20,12 @@ from minilora.huggingface.bypassed import check_gradients, refuse_bypassed
 from minilora.optim.adamw import PagedAdamW
 from minilora.optim.retry import retry_on_oom
 from minilora.surgery import adapter_parameters
-from minilora.training.batches import PAD_TO_MULTIPLE, Picked, collate, move_to, pick_examples
+from minilora.training.batches import Picked, micro_batches, move_to, pick_examples
 from minilora.training.checks import check_finite
 from minilora.training.config import FinetuneConfig
 from minilora.training.data import Example
 from minilora.training.loss import token_losses
+from minilora.training.packing import check_packing, without_cache
 
 WARMUP_FRACTION = 0.03
 
@@ -96,7 +97,8 @@ def train(
             as they were then, `train` continues bit for bit.
 
     Raises:
-        ValueError: an adapter got no gradient in the first step.
+        ValueError: an adapter got no gradient in the first step; or `packing` is on and the model
+            cannot take packed sequences.
         TypeError: the model reads the weight of an adapted layer without calling the layer.
         FloatingPointError: a loss or a gradient is NaN or infinite. The message names the batch;
             the parameters are those before the step.
@@ -104,6 +106,8 @@ def train(
     parameters = adapter_parameters(model)
     optimizer = optimizer or make_optimizer(model, config)
     steps = config.steps_for(len(examples))
+    if config.packing:
+        check_packing(model)
     model.train()
 
     for step in range(done, steps):
@@ -145,11 +149,9 @@ def forward_backward(
     learned = sum(example.learned for _, example in picked)
 
     total = 0.0
-    for start in range(0, len(picked), config.batch_size):
-        micro = picked[start : start + config.batch_size]
-        batch = collate([example for _, example in micro], pad, PAD_TO_MULTIPLE)
-
-        loss = token_losses(model, move_to(device, batch)) / learned
+    for micro, batch in micro_batches(picked, config, pad):
+        with without_cache(model):
+            loss = token_losses(model, move_to(device, batch)) / learned
         if not loss.requires_grad:
             # No adapter has a gradient. The error of `backward` would name none of them.
             check_gradients(model)

@@ -1,57 +1,52 @@
 """The loss of a causal language model on the tokens to be learned, and its mean over a hold-out."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.huggingface.causal_loss import causal_lm_loss
+from minilora.huggingface.output_head import UnknownHeadError, find_output_head
 from minilora.training.batches import PAD_TO_MULTIPLE, collate, move_to
 from minilora.training.data import IGNORE, Example
 
 
-def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def token_losses(model: nn.Module, batch: dict[str, Tensor], *, other_terms: bool = True) -> Tensor:
     """Returns the sum of -log p(token | the tokens before it) over the learned tokens, in float32.
+
+    Logits are computed for the learned tokens alone, and for a chunk of them at a time. A model
+    whose output head is not recognised computes its own loss (`explain_loss`).
 
     Args:
         model: a causal language model from transformers.
-        batch: see `collate`.
+        batch: see `collate`; whatever it holds beside the labels is passed to the model.
+        other_terms: keep the other terms of a model's own loss, such as the router's in a mixture
+            of experts. They are trained, and are no part of an evaluation.
     """
-    # The logits at position i predict token i + 1.
-    labels = batch["labels"][:, 1:]
-    learned = labels != IGNORE
-
-    with _head_sees_only(learned, model):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-
-    # A model without an output head to hook computes the logits of every token.
-    if logits.dim() == 3:
-        logits = logits[:, :-1][learned]
-    return F.cross_entropy(logits.float(), labels[learned], reduction="sum")
-
-
-@contextmanager
-def _head_sees_only(learned: Tensor, model: nn.Module) -> Iterator[None]:
-    """Inside the block the output head gets the hidden states of the learned tokens alone.
-
-    They are [learned, hidden] instead of [batch, length, hidden]. With a vocabulary of 49,152 the
-    logits are the largest tensor of a small model's step, and most tokens are not learned.
-    """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
-        yield
-        return
-
-    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden, *rest = args
-        return (hidden[:, :-1][learned], *rest)
-
-    handle = head.register_forward_pre_hook(select)
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    labels = batch["labels"]
     try:
-        yield
-    finally:
-        handle.remove()
+        return causal_lm_loss(model, inputs, labels, reduction="sum", ignore_index=IGNORE)
+    except UnknownHeadError:
+        learned = labels[:, 1:] != IGNORE
+
+    if other_terms:
+        # Its own loss is a mean over the learned tokens.
+        loss: Tensor = model(**inputs, labels=labels).loss
+        return loss.float() * learned.sum()
+    logits = model(**inputs).logits[:, :-1][learned]
+    return F.cross_entropy(logits.float(), labels[:, 1:][learned], reduction="sum")
+
+
+def explain_loss(model: nn.Module) -> str | None:
+    """Returns one line that says why a model computes its own loss; None: it does not."""
+    try:
+        find_output_head(model)
+    except UnknownHeadError as reason:
+        kind = type(model).__name__
+        return f"{kind} computes its own loss, with the logits of all tokens at once: {reason}"
+    return None
 
 
 @torch.no_grad()
@@ -77,7 +72,7 @@ def evaluate(
     total = 0.0
     for start in range(0, len(ordered), batch_size):
         batch = collate(ordered[start : start + batch_size], pad, PAD_TO_MULTIPLE)
-        total += token_losses(model, move_to(device, batch)).item()
+        total += token_losses(model, move_to(device, batch), other_terms=False).item()
 
     model.train(was_training)
     return total / sum(example.learned for example in examples)

@@ -11,9 +11,11 @@ from torch import nn
 from minilora.files.adapters import save_adapter
 from minilora.files.text import shown
 from minilora.huggingface.activation_checkpointing import gradient_checkpointing
+from minilora.huggingface.base_model import load_base, stored_in_4bit
 from minilora.huggingface.context import check_max_length
+from minilora.huggingface.efficient import efficient_training
 from minilora.huggingface.generation import pad_id
-from minilora.huggingface.loading import load_config, load_dense, pick_device
+from minilora.huggingface.loading import load_config, pick_device
 from minilora.huggingface.provenance import decide_quantize
 from minilora.reports.planning import Plan, plan
 from minilora.surgery import inject
@@ -25,7 +27,9 @@ from minilora.training.header import describe_run, describe_time, print_header, 
 from minilora.training.hold_out import encode_data, read_data
 from minilora.training.lock import hold_folder
 from minilora.training.loop import make_optimizer, train
-from minilora.training.progress import announce, quantize_with_progress
+from minilora.training.loss import explain_loss
+from minilora.training.packing import check_packing
+from minilora.training.progress import announce
 from minilora.training.report import write_report
 from minilora.training.result import Result
 from minilora.training.run_state import METRICS, RunState
@@ -75,7 +79,8 @@ def finetune(config: FinetuneConfig) -> Result:
         >>> result.eval_after < result.eval_before
         True
     """
-    model_config = load_config(config.model, trust_remote_code=config.trust_remote_code)
+    trust = config.trust_remote_code
+    model_config = load_config(config.model, trust_remote_code=trust, allow_4bit=True)
     quantize = decide_quantize(config.quantize, model_config, config.model)
     check_max_length(model_config, config.max_length, config.model)
     with hold_folder(Path(config.out)):
@@ -88,7 +93,7 @@ def _finetune(config: FinetuneConfig) -> Result:
     out = Path(config.out)
     torch.manual_seed(config.seed)
 
-    # Load, the data first: it is checked before the model takes its time
+    # Load and quantize, the data first: it is checked before the model takes its time
     data, eval_data = read_data(config)
     model, tokenizer = _load(config)
     pad = pad_id(tokenizer)
@@ -96,12 +101,11 @@ def _finetune(config: FinetuneConfig) -> Result:
     questions = pick_questions(held_out, eval_data or data, config.samples)
     checkpoints.check_examples(training, held_out)
     checkpoints.check_questions(questions)
-
-    # Quantize
-    if config.quantize:
-        announce("quantizing it to 4 bits")
-        quantize_with_progress(model)
     checkpoints.check_base(model)
+
+    # Before anything is evaluated or written; `train` tries it again as the model is then
+    if config.packing:
+        check_packing(model)
 
     # Inject
     planned = _inject(model, config)
@@ -110,34 +114,41 @@ def _finetune(config: FinetuneConfig) -> Result:
 
     header = describe_run(config, planned, training, held_out)
     print_header(header | where_to_watch(out, tensorboard))
+    if (explanation := explain_loss(model)) is not None:
+        announce(explanation)
 
-    # Evaluate the base: a fresh adapter changes nothing
-    hold_out = HoldOut(model, tokenizer, held_out, questions, config.batch_size, pad)
-    seconds = None if checkpoints.resumed else _evaluate_base(hold_out, checkpoints.run)
-    checkpointing = uses_checkpointing(model, config)
-    announce(describe_time(config, training, held_out, history, seconds, checkpointing))
+    # Each evaluation computes as the training does
+    with efficient_training(model):
+        # Evaluate the base: a fresh adapter changes nothing
+        hold_out = HoldOut(model, tokenizer, held_out, questions, config.batch_size, pad)
+        seconds = None if checkpoints.resumed else _evaluate_base(hold_out, checkpoints.run)
+        checkpointing = uses_checkpointing(model, config)
+        announce(describe_time(config, training, held_out, history, seconds, checkpointing))
 
-    # Train
-    checkpoints.begin()
-    total = config.steps_for(len(training))
-    steps = train(model, training, config, pad=pad, optimizer=optimizer, done=len(history))
-    callbacks = [
-        show_progress(total, len(history), optimizer, config.log_every),
-        write_metrics(out / METRICS, history),
-        write_events(out, len(history), tensorboard),
-        checkpoints.best.keeping(model),
-        checkpoints.saving(model, optimizer),
-    ]
-    with gradient_checkpointing(model) if checkpointing else nullcontext():
-        history += run_with(callbacks, evaluated(steps, config.eval_every, total, hold_out.loss))
+        # Train
+        checkpoints.begin()
+        total = config.steps_for(len(training))
+        steps = train(model, training, config, pad=pad, optimizer=optimizer, done=len(history))
+        callbacks = [
+            show_progress(total, len(history), optimizer, config.log_every),
+            write_metrics(out / METRICS, history),
+            write_events(out, len(history), tensorboard),
+            checkpoints.best.keeping(model),
+            checkpoints.saving(model, optimizer),
+        ]
+        with gradient_checkpointing(model) if checkpointing else nullcontext():
+            evaluations = evaluated(steps, config.eval_every, total, hold_out.loss)
+            history += run_with(callbacks, evaluations)
 
-    # Save the best adapter, or the last one
-    checkpoints.best.put_back(model)
-    save_adapter(model, out)
+        # Save the best adapter, or the last one
+        checkpoints.best.put_back(model)
+        save_adapter(model, out)
 
-    # Evaluate it, report
+        # Evaluate it
+        after, samples = _evaluate_adapter(hold_out, checkpoints.run, out)
+
+    # Report
     before, best_step = checkpoints.run.eval_before, checkpoints.best.step
-    after, samples = _evaluate_adapter(hold_out, checkpoints.run, out)
     result = Result(model, tokenizer, out, before, after, history, samples, best_step)
     write_report(result, config, header)
     checkpoints.remove()
@@ -145,11 +156,19 @@ def _finetune(config: FinetuneConfig) -> Result:
 
 
 def _load(config: FinetuneConfig) -> tuple[nn.Module, Any]:
+    """The base, quantized while it is read, and its tokenizer."""
+    trust = config.trust_remote_code
     announce(f"loading {shown(config.model)}")
-    return load_dense(
+    if stored_in_4bit(config.model, trust_remote_code=trust):
+        announce("it is in 4 bits already")
+    elif config.quantize:
+        announce("quantizing it to 4 bits")
+    return load_base(
         config.model,
+        quantize={} if config.quantize else None,
+        dense=not config.quantize,
         device=pick_device(config.device),
-        trust_remote_code=config.trust_remote_code,
+        trust_remote_code=trust,
     )
 
 

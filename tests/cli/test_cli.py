@@ -85,7 +85,8 @@ def flags(command: str) -> list[str]:
         (
             "finetune",
             "--model --data --out --r --alpha --targets --dropout --lr --steps --epochs "
-            "--batch-size --grad-accum --max-length --weight-decay --clip --quantize --no-quantize "
+            "--batch-size --grad-accum --max-length --packing --no-packing --group-by-length "
+            "--no-group-by-length --weight-decay --clip --quantize --no-quantize "
             "--learn-prompt --no-learn-prompt --eval-fraction --eval-data --eval-every --samples "
             "--seed --device --checkpointing --no-checkpointing --log-every --save-every --keep "
             "--resume --no-resume --overwrite --no-overwrite --trust-remote-code "
@@ -109,8 +110,8 @@ def flags(command: str) -> list[str]:
         ),
         (
             "plan",
-            "--model --r --targets --quantize --no-quantize --trust-remote-code "
-            "--no-trust-remote-code",
+            "--model --r --targets --quantize --no-quantize --batch-size --length --checkpointing "
+            "--no-checkpointing --dropout --gpu --trust-remote-code --no-trust-remote-code",
         ),
     ],
 )

@@ -53,7 +53,7 @@ def test_debug_shows_the_traceback(
     def fails(*_: Any, **__: Any) -> None:
         raise KeyError("a\x1b[31m\nb")
 
-    monkeypatch.setattr("minilora.huggingface.model_folder.read_config", fails)
+    monkeypatch.setattr("minilora.reports.dry_run.read_config", fails)
     arguments = ["--debug"] * debug + ["plan", "--model", "x"]
     code, err = run(capsys, monkeypatch, *arguments)
     assert code == INTERNAL_ERROR and ("Traceback" in err) == debug
@@ -89,7 +89,7 @@ def test_a_warning_is_one_line_without_a_path(
         warnings.warn("a\nlayer \x1b[31m", UserWarning, stacklevel=1)
         raise ValueError("x")
 
-    monkeypatch.setattr("minilora.huggingface.model_folder.read_config", warns)
+    monkeypatch.setattr("minilora.reports.dry_run.read_config", warns)
     with warnings.catch_warnings():
         _, err = run(capsys, monkeypatch, "plan", "--model", "x")
     assert err.splitlines() == ["minilora: warning: a layer \\x1b[31m", "minilora: x"]

@@ -52,6 +52,7 @@ VALID: dict[str, list[Any]] = {
     "steps": [1, 2],
     "epochs": [0.1, 1],
     "batch_size": [1, 3],
+    "length": [8, 17],
     "grad_accum": [1, 2],
     "max_length": [32, 100],
     "weight_decay": [0.0, 0.1],
@@ -158,6 +159,9 @@ class Line:
             chosen, other = self.rng.choice([("model", None), ("adapter", "model")])
             given.add(chosen)
             left_out.add(other)
+        if self.command == "plan":
+            # A batch has a length.
+            given.add("length")
         if self.command == "generate":
             chosen, *others = self.rng.choice([("prompt", "prompts", "out"), ("prompts", "prompt")])
             given.add(chosen)
@@ -456,8 +460,13 @@ def expect_plan(options: dict[str, Any], ended: Ended, folder: Path) -> tuple[An
 
     targets = parse_targets(options.get("targets", "all-linear"))
     quantize = "all-linear" if options.get("quantize", True) else False
+    batch = ("batch_size", "length", "checkpointing", "dropout")
     plan = minilora.plan(
-        str(options["model"]), options.get("r", 16), targets=targets, quantize=quantize
+        str(options["model"]),
+        options.get("r", 16),
+        targets=targets,
+        quantize=quantize,
+        **{name: options[name] for name in batch if name in options},
     )
     return f"{plan}\n", ended.out
 

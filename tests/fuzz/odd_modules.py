@@ -536,6 +536,7 @@ def output(model: nn.Module) -> Tensor | str:
 
 # What our layers hold beside a layer's own.
 OURS = {
+    "_held_view",
     "adapters",
     "active",
     "weight_dtype",

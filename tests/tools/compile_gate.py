@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minilora.kernels.gpu import choose, matmul, nf4, runtime, skinny
+from minilora.kernels.gpu import choose, dropout, matmul, nf4, runtime, skinny
 from minilora.kernels.reference import nf4 as reference
 from minilora.kernels.reference.nf4 import PackedWeight
 
@@ -109,6 +109,7 @@ def conversions() -> Iterator[Call]:
         yield f"dequantize to {dtype}", functools.partial(nf4.dequantize, double, dtype)
     yield "dequantize plain", lambda: nf4.dequantize(plain, torch.bfloat16)
     yield "dequantize odd", lambda: nf4.dequantize(odd, torch.bfloat16)
+    yield "dropout", lambda: dropout.dropout(dense.to(torch.bfloat16), 0.1, torch.tensor(1))
 
 
 def products() -> Iterator[Call]:

@@ -39,9 +39,10 @@ PACKAGES = {"minilora", "minilora.kernels", *(f"minilora.{unit}" for unit in KER
 SUBPACKAGES: dict[str, set[str]] = {
     "files": {*CORE, REFERENCE},
     "optim": set(),
+    "losses": {*CORE},
     "reports": {*CORE, REFERENCE, "huggingface"},
-    "huggingface": {*CORE, "files"},
-    "training": {*CORE, "files", "optim", "reports", "huggingface"},
+    "huggingface": {*CORE, "files", "losses"},
+    "training": {*CORE, "files", "optim", "reports", "huggingface", "losses"},
     "demo": {*CORE, "files", "optim", "reports", "huggingface", "training"},
 }
 

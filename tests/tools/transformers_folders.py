@@ -71,6 +71,17 @@ def make_folder(path: Path, name: str = "llama", *, shards: bool = False, **opti
     return path
 
 
+def store_in_4bit(folder: Path, path: Path) -> Path:
+    """Writes the model of a folder in 4 bits, with its tokenizer, as another folder."""
+    import minilora
+    from minilora.huggingface import load_dense
+
+    model, tokenizer = load_dense(folder)
+    minilora.save_quantized(minilora.quantize(model), path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
 def logits(model: Any, seed: int = 0) -> torch.Tensor:
     """What a model says of a few random tokens. bitsandbytes' differ from training in eval mode."""
     tokens = torch.randint(0, 120, (2, 9), generator=torch.Generator().manual_seed(seed))

@@ -231,6 +231,8 @@ CHANGES: dict[str, Any] = {
     "quantize": False,
     "weight_decay": 0.1,
     "max_length": 70,
+    "packing": True,
+    "group_by_length": True,
     "eval_fraction": 0.1,
     "learn_prompt": True,
     "alpha": 3.0,

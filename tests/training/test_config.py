@@ -31,7 +31,16 @@ NAN, INFINITE = float("nan"), float("inf")
 WHOLE = ("r", "steps", "batch_size", "grad_accum", "max_length", "seed", "save_every", "keep")
 WHOLE += ("eval_every", "samples", "log_every")
 REAL = ("alpha", "dropout", "lr", "epochs", "weight_decay", "clip", "eval_fraction")
-FLAGS = ("quantize", "learn_prompt", "checkpointing", "resume", "overwrite", "trust_remote_code")
+FLAGS = (
+    "quantize",
+    "packing",
+    "group_by_length",
+    "learn_prompt",
+    "checkpointing",
+    "resume",
+    "overwrite",
+    "trust_remote_code",
+)
 WRONG = {
     **{name: ("1", 1.0, True, [1], NAN, 1 << 70, -(1 << 70)) for name in WHOLE},
     **{name: ("1", True, [1.0], NAN, INFINITE, -INFINITE, -1.0, 1e300) for name in REAL},

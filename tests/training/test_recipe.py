@@ -61,6 +61,28 @@ def test_the_same_seed_gives_the_same_run_and_the_base_never_changes(
     assert all(torch.equal(trained[key], value) for key, value in base.items())
 
 
+def test_a_run_says_in_one_line_when_a_model_computes_its_own_loss(
+    tmp_path: Path,
+    configure: Configure,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = {"steps": 1, "batch_size": 2, "eval_fraction": 0.0}
+    finetune(configure(out=str(tmp_path / "chunks"), **settings))
+    assert "its own loss" not in capsys.readouterr().out
+
+    def no_output_embeddings(_: Any) -> None:
+        return None
+
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", no_output_embeddings)
+    finetune(configure(out=str(tmp_path / "whole"), **settings))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "its own loss" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("LlamaForCausalLM computes its own loss, with the logits of all")
+
+
 def test_a_step_that_runs_out_of_memory_is_run_again_and_changes_no_bit(
     tmp_path: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:

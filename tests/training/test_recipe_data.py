@@ -16,13 +16,13 @@ Configure = Callable[..., FinetuneConfig]
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The models that were loaded."""
     calls: list[Any] = []
-    load = recipe.load_dense
+    load = recipe.load_base
 
     def spy(*args: Any, **options: Any) -> Any:
         calls.append(args)
         return load(*args, **options)
 
-    monkeypatch.setattr(recipe, "load_dense", spy)
+    monkeypatch.setattr(recipe, "load_base", spy)
     return calls
 
 

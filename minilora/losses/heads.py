@@ -1,0 +1,162 @@
+"""An output head that is applied to a chunk of tokens at a time, and its gradients."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from minilora.losses.softmax import softmax_cross_entropy_
+
+# Words of the vocabulary whose gradient is summed at once.
+_WORDS = 4096
+
+
+class Head(Protocol):
+    """What `losses_by_chunks` needs of an output head.
+
+    Attributes:
+        gradient: whether gradients are asked for, and the logits have one.
+    """
+
+    gradient: bool
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Returns the logits [n, V] of a chunk [n, H], which the caller may overwrite."""
+
+    def backward(self, g: Tensor) -> Tensor:
+        """Returns the gradient of the last chunk from that of its logits; adds up the head's."""
+
+
+def losses_by_chunks(
+    head: Head,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    scale: float,
+    softcap: float | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """Returns the loss of each token [N], and the gradient of their sum with respect to `hidden`.
+
+    Tokens that are left out have zeros, and do not pass the head.
+
+    Args:
+        head: the output head; it holds its own gradients afterwards.
+        hidden: [N, H].
+        labels: [N].
+        ignore_index, scale, softcap: as of `linear_cross_entropy`.
+        chunk: most tokens at a time.
+
+    Without gradients (`Head.gradient`) that of `hidden` is empty, or zeros.
+    """
+    losses = hidden.new_zeros(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    dhidden = torch.zeros_like(hidden) if head.gradient else hidden.new_empty(0)
+
+    kept = (labels != ignore_index).nonzero()[:, 0]
+    # Chunks of equal size: a short last one would read the whole weight too.
+    chunks = -(-len(kept) // chunk)
+    for rows in kept.tensor_split(chunks) if chunks else ():
+        z = head.logits(hidden[rows])
+        losses[rows] = softmax_cross_entropy_(z, labels[rows], scale, softcap).to(losses.dtype)
+        if head.gradient:
+            dhidden[rows] = head.backward(z).to(hidden.dtype)
+        del z
+    return losses, dhidden
+
+
+class WeightHead:
+    """z = h W^T + b with a dense weight.
+
+    Args:
+        weight: W [V, H].
+        bias: b [V] or None.
+        rows: most rows of h.
+        gradient: whether `backward` will be called.
+        needs_dW, needs_db: which gradients it adds up.
+
+    Attributes:
+        dW, db: these gradients, in float32 or wider; empty if they are not needed.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: int,
+        gradient: bool,
+        needs_dW: bool,
+        needs_db: bool,
+    ) -> None:
+        self.weight, self.bias, self.gradient = weight, bias, gradient
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        words = len(weight)
+        self.dW = torch.zeros_like(weight, dtype=wide) if needs_dW else weight.new_empty(0)
+        self.db = weight.new_zeros(words if needs_db else 0, dtype=wide)
+        # One buffer for all chunks: new memory would be mapped page by page.
+        self._z = weight.new_empty(rows, words)
+
+    def logits(self, h: Tensor) -> Tensor:
+        self._h, z = h, self._z[: len(h)]
+        if self.bias is None:
+            return torch.mm(h, self.weight.T, out=z)
+        return torch.addmm(self.bias, h, self.weight.T, out=z)
+
+    def backward(self, g: Tensor) -> Tensor:
+        if len(self.db):
+            self.db += g.sum(0, dtype=self.db.dtype)
+        if len(self.dW):
+            self._add_product(g)
+        return g @ self.weight
+
+    def _add_product(self, g: Tensor) -> None:
+        """dW += g^T h; where g is in 16 bits, for some words at a time, as it is in 32."""
+        if self.dW.dtype == g.dtype:
+            self.dW.addmm_(g.T, self._h)
+            return
+        parts = zip(torch.split(self.dW, _WORDS), torch.split(g, _WORDS, dim=1), strict=True)
+        for dW, columns in parts:
+            dW += columns.T @ self._h
+
+
+class LayerHead:
+    """A head that is called as a layer, so that whatever it computes takes part.
+
+    Args:
+        layer: [n, H] -> [n, V].
+        parameters: those that require a gradient.
+        gradient: whether `backward` will be called.
+
+    Attributes:
+        sums: the gradients of the parameters, in float32 or wider.
+    """
+
+    def __init__(
+        self, layer: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], gradient: bool
+    ) -> None:
+        self.layer, self.parameters, self.gradient = layer, parameters, gradient
+        wide = [torch.promote_types(p.dtype, torch.float32) for p in parameters]
+        pairs = zip(parameters, wide, strict=True)
+        self.sums = [torch.zeros_like(p, dtype=dtype) for p, dtype in pairs] if gradient else []
+
+    def logits(self, h: Tensor) -> Tensor:
+        self._h = h.detach().requires_grad_(self.gradient)
+        with torch.set_grad_enabled(self.gradient):
+            z = self.layer(self._h)
+        # A layer may detach what it returns.
+        self.gradient = z.requires_grad
+        if not self.gradient:
+            return z
+        # Overwritten is a copy, since the layer may need its output in the backward.
+        self._z = z
+        return z.detach().clone()
+
+    def backward(self, g: Tensor) -> Tensor:
+        inputs = (self._h, *self.parameters)
+        dh, *gradients = torch.autograd.grad(self._z, inputs, g, materialize_grads=True)
+        # Before the next chunk is computed.
+        del self._z
+        for total, gradient in zip(self.sums, gradients, strict=True):
+            total += gradient
+        return dh

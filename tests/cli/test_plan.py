@@ -1,0 +1,68 @@
+"""minilora plan: a batch, a shape, and what fits a GPU."""
+
+import re
+from typing import Any
+
+import pytest
+from tiny_folder import shared
+
+import minilora
+from minilora.cli import app
+from minilora.reports.fitting import LENGTHS, RANKS
+from minilora.reports.formatting import format_bytes
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    app(["plan", *map(str, arguments)], standalone_mode=False)
+    return capsys.readouterr().out
+
+
+def test_a_plan_of_a_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shared() / "model"
+    batch = ["--batch-size", 4, "--length", 64]
+    said = run(capsys, "--model", folder, *batch, "--no-checkpointing", "--dropout", 0.1)
+    expected = minilora.plan(
+        str(folder), 16, batch_size=4, length=64, checkpointing=False, dropout=0.1
+    )
+    assert said == f"{expected}\n"
+    assert "4 x 64 tokens without gradient checkpointing" in said
+
+    dense = run(capsys, "--model", folder, *batch, "--no-quantize")
+    assert "quantized" not in dense and "without gradient checkpointing" in dense
+
+
+def test_a_shape_is_planned_without_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    said = run(capsys, "--model", "smollm2-135m", "--r", 8)
+    assert said == f"{minilora.plan('smollm2-135m', 8)}\n"
+
+
+def test_what_fits_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    said = run(capsys, "--model", "smollm2-135m", "--r", 32, "--gpu", "2GB")
+    table = said[said.index("largest batch in 2.00 GB") :].splitlines()
+    assert table[1].split() == ["tokens", *map(str, LENGTHS)]
+    assert [row.split()[0] for row in table[2:-1]] == [f"r={r}" for r in sorted({*RANKS, 32})]
+
+    one = run(capsys, "--model", "smollm2-135m", "--gpu", "2GB", "--length", 700, "--batch-size", 2)
+    size = int(re.findall(r"r=16 +(\d+)", one)[0])
+    needed = [
+        minilora.plan("smollm2-135m", 16, batch_size=n, length=700).total_bytes
+        for n in (size, size + 1)
+    ]
+    assert needed[0] <= 10**9 < needed[1]
+    assert f"2 x 700 tokens with gradient checkpointing: {format_bytes(needed[0])}"[:10] in one
+
+
+def test_a_length_alone_is_for_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    said = run(capsys, "--model", "smollm2-135m", "--gpu", "2GB", "--length", 256)
+    assert "plus activations" in said and "tokens  256" in said
+    with pytest.raises(ValueError, match="give batch_size and length"):
+        run(capsys, "--model", "smollm2-135m", "--length", 256)
+
+
+def test_errors_come_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="'lots' is not an amount of memory"):
+        run(capsys, "--model", "no-such-model", "--gpu", "lots")
+    with pytest.raises(ValueError, match="length=0"):
+        run(capsys, "--model", "smollm2-135m", "--gpu", "2GB", "--length", 0)
+    with pytest.raises(ValueError, match="shapes with such a name: llama-65b"):
+        run(capsys, "--model", "llama-66b")
