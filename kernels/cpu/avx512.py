@@ -307,8 +307,8 @@ def _add_products(
         for r in range(R):
             at = b.add(bytes_of_row[r], b.mul(k, constant(32)))
             pairs = arrays.load(_I8x32, 2, at)
-            absmax = arrays.load_scalar(8, b.add(scales_of_row[r], k))
-            absmax = _broadcast(b, absmax)
+            scale = b.add(scales_of_row[r], k)
+            absmax = _broadcast(b, arrays.load_scalar(8, scale))
 
             if M == 1:
                 # Scaling one sum is cheaper than scaling 16 levels.

@@ -4,16 +4,20 @@ PyTorch draws its mask one number after another, in 6 ns each. Counters are inde
 other, and eight of them fit an AVX-512 register.
 """
 
+import ctypes
 from typing import Any
 
 import numpy as np
 import torch
+from numba import carray
 from torch import Tensor
 
 from ..reference import dropout as reference
 from ..reference.dropout import KEY_STEPS, MULTIPLIERS, ROUNDS
+from . import team
 from .nf4 import rounded_to_bfloat16
-from .runtime import bits, jit, run
+from .runtime import jit
+from .team import pointer
 
 # Counters at a time: their words stay in the L1 cache.
 _CHUNK = 512
@@ -35,8 +39,12 @@ def _words(first: int, seed: Any, out: Any) -> None:
         k0, k1 = seed & _LOW, seed >> _HALF
         for _ in range(ROUNDS):
             even, odd = c0 * _M0, c2 * _M1
-            c0, c2 = odd >> _HALF ^ c1 ^ k0, even >> _HALF ^ c3 ^ k1
-            c1, c3 = odd & _LOW, even & _LOW
+
+            c0 = odd >> _HALF ^ c1 ^ k0
+            c1 = odd & _LOW
+            c2 = even >> _HALF ^ c3 ^ k1
+            c3 = even & _LOW
+
             k0, k1 = k0 + _K0 & _LOW, k1 + _K1 & _LOW
         out[0, i] = c0
         out[1, i] = c1
@@ -81,6 +89,33 @@ def _dropout(
                 y[at + i] = level * np.uint32(drawn[i] >= threshold)
 
 
+class _Call(ctypes.Structure):
+    """A call, as the threads read it."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("counters", "kernel", "n", "itemsize", "x", "y")),
+        ("seed", ctypes.c_uint64),
+        ("threshold", ctypes.c_uint32),
+        ("scale", ctypes.c_float),
+    )
+
+
+_CALL = np.dtype(_Call)
+
+
+def _dropout_counters(address: int, start: int, stop: int) -> None:
+    call = carray(pointer(address), 1, _CALL)[0]
+    n = call.n
+    if call.itemsize == 2:
+        x16 = carray(pointer(call.x), n, np.uint16)
+        y16 = carray(pointer(call.y), n, np.uint16)
+        _dropout(x16, y16, call.seed, call.threshold, call.scale, start, stop)
+    else:
+        x32 = carray(pointer(call.x), n, np.uint32)
+        y32 = carray(pointer(call.y), n, np.uint32)
+        _dropout(x32, y32, call.seed, call.threshold, call.scale, start, stop)
+
+
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """Returns x with elements zeroed with probability p, and the others divided by 1 - p.
 
@@ -91,14 +126,17 @@ def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
     x = x.contiguous()
     y = torch.empty_like(x)
-    run(
-        _dropout,
-        bits(x),
-        bits(y),
-        np.uint64(seed.item()),
-        np.uint32(int(p * 2**32)),
-        np.float32(1 / (1 - p)),
-        rows=(0, -(-x.numel() // 4)),
-        grain=_GRAIN // 4,
+    n = x.numel()
+    call = _Call(
+        -(-n // 4),
+        0,
+        n,
+        x.itemsize,
+        x.data_ptr(),
+        y.data_ptr(),
+        seed.item(),
+        int(p * 2**32),
+        1 / (1 - p),
     )
+    team.run(_dropout_counters, call, call.counters, n // _GRAIN)
     return y

@@ -15,7 +15,6 @@ three kernels.
 """
 
 import ctypes
-import functools
 from typing import Any
 
 import numba
@@ -103,14 +102,12 @@ def _product(
         if A.shape != (r, I) or B.shape != (O, r):
             shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
             raise ValueError(f"{shapes} do not fit a weight {(O, I)}: they are [r, in], [out, r]")
+        for factor in (A, B):
+            if not factor.is_cpu:
+                raise ValueError(f"x is on the CPU, the adapter on {factor.device}: move one")
         # Kept in variables: they live as long as the call.
         A, B = A.float().contiguous(), B.float().contiguous()
         address_A, address_B = A.data_ptr(), B.data_ptr()
-
-    # The kernel reads addresses: those of another device would crash the process.
-    for part in (w.packed, w.absmax, w.absmax2, w.offset, A, B):
-        if part is not None and not part.is_cpu:
-            raise ValueError(f"x is on the CPU, its layer on {part.device}: move one of them")
 
     call = _Call(
         O,
@@ -119,25 +116,15 @@ def _product(
         x.numel() // I,
         r,
         w.block_size,
-        w.packed.data_ptr(),
-        w.absmax.data_ptr(),
-        0 if w.absmax2 is None else w.absmax2.data_ptr(),
-        0 if w.offset is None else w.offset.data_ptr(),
-        _address_of_levels(w.quant_type),
+        *nf4.addresses(w),
         x.data_ptr(),
         address_A,
         address_B,
         y.data_ptr(),
         scale,
     )
-    threads = max(1, min(torch.get_num_threads(), O * I // _GRAIN))
-    team.run(kernel, call, O, threads)
+    team.run(kernel, call, O, O * I // _GRAIN)
     return y
-
-
-@functools.cache
-def _address_of_levels(quant_type: str) -> int:
-    return int(nf4.levels_of(quant_type).ctypes.data)
 
 
 _ANY_ORDER = {"reassoc", "contract"}

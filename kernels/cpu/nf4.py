@@ -1,32 +1,34 @@
 """4-bit weights on the CPU, with Numba: the functions of reference/nf4.py, bit for bit the same.
 
 Quantizing compares each value with the 15 thresholds. Dequantizing scales and rounds the 16 levels
-once per block and then only looks them up, with AVX-512 (`avx512.py`) or in a plain loop.
-
-The loops see float32 and bfloat16 as bit patterns: a bfloat16 number is the upper half of a float32
-number, so one loop serves both.
+once per block and then looks them up, with AVX-512 (`avx512.py`) or in a plain loop. The loops see
+bit patterns: a bfloat16 number is the upper half of a float32 number, so one loop serves both.
 """
 
+import ctypes
 import functools
 from typing import Any
 
 import numpy as np
 import torch
+from numba import carray
 from torch import Tensor
 
 from ..reference import codebooks
 from ..reference.nf4 import GROUP, PackedWeight
 from ..reference.nf4 import TINY as _TINY
+from . import team
 from .avx512 import AVX512, look_up_64
 from .runtime import array, bits, empty, jit, run
+from .team import pointer
 
 MAP8 = array(codebooks.MAP8).copy()
 _THRESHOLDS8 = array(codebooks.midpoints(codebooks.MAP8)).copy()
 _SMALLEST = np.float32(_TINY)
-_NO_FLOATS = np.zeros(0, dtype=np.float32)
 
-# Weights that are worth waking a thread for: about 0.1 ms of work.
+# Weights that are worth waking a thread for: about 0.1 ms of work. A thread of PyTorch's is awake.
 _GRAIN = 8192 * 64
+_TEAM_GRAIN = 1 << 15
 
 
 @functools.cache
@@ -46,19 +48,23 @@ def _steps(quant_type: str) -> Any:
     return np.diff(codes, prepend=np.uint8(0))
 
 
-def loop_arguments(w: PackedWeight) -> tuple[Any, ...]:
-    """Returns packed, absmax, absmax2, offset and the 16 levels, as the compiled loops take them.
+@functools.cache
+def _address_of_levels(quant_type: str) -> int:
+    return int(levels_of(quant_type).ctypes.data)
 
-    Without double quantization absmax2 is empty.
+
+def addresses(w: PackedWeight) -> tuple[int, ...]:
+    """Returns where packed, absmax, absmax2, offset and levels are; 0: there is no such tensor.
+
+    Raises ValueError for parts on another device, which would crash the process, or with gaps.
     """
-    packed, absmax = array(w.packed), array(w.absmax)
-    levels = levels_of(w.quant_type)
-
-    if w.absmax2 is None or w.offset is None:
-        return packed, absmax, _NO_FLOATS, np.float32(0), levels
-
-    offset = np.float32(w.offset.item())
-    return packed, absmax, array(w.absmax2), offset, levels
+    found = []
+    for part in (w.packed, w.absmax, w.absmax2, w.offset):
+        if part is not None and not (part.is_cpu and part.is_contiguous()):
+            where = "strided" if part.is_cpu else f"on {part.device}"
+            raise ValueError(f"a part of the weight is {where}: it must be contiguous, on the CPU")
+        found.append(0 if part is None else part.data_ptr())
+    return *found, _address_of_levels(w.quant_type)
 
 
 @jit
@@ -212,8 +218,7 @@ def _double_dequantize(
 
 def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     """Returns absmax, float32 [b]."""
-    blocks = codes.numel()
-    absmax = torch.empty(blocks, dtype=torch.float32)
+    absmax = torch.empty(codes.numel(), dtype=torch.float32)
 
     run(
         _double_dequantize,
@@ -221,7 +226,7 @@ def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
         array(absmax2),
         np.float32(offset.item()),
         array(absmax),
-        rows=(0, blocks),
+        rows=(0, codes.numel()),
         grain=1 << 16,
     )
     return absmax
@@ -309,6 +314,52 @@ def _dequantize(
                 look_up(packed, source, levels, scale, out, target, rest)
 
 
+_SIZES = ("rows", "kernel", "top", "first", "last", "n", "block_size", "blocks_per_row", "itemsize")
+_ADDRESSES = ("packed", "absmax", "absmax2", "offset", "levels", "out")
+
+
+class _Call(ctypes.Structure):
+    """A tile to dequantize, as the threads read it: sizes; addresses, 0 for no tensor."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in (*_SIZES, *_ADDRESSES))
+
+
+_CALL = np.dtype(_Call)
+
+
+def _dequantize_rows(address: int, start: int, stop: int) -> None:
+    """Rows [start, stop) of a tile."""
+    call = carray(pointer(address), 1, _CALL)[0]
+    start += call.top
+    stop += call.top
+    blocks = -(-call.n // call.block_size)
+    size = call.rows * (call.last - call.first) * call.block_size
+
+    packed = carray(pointer(call.packed), (call.n + 1) // 2, np.uint8)
+    levels = carray(pointer(call.levels), 16, np.float32)
+    weight = (call.n, call.block_size, call.blocks_per_row)
+    tile = (call.first, call.last, call.top)
+    out16 = carray(pointer(call.out), size, np.uint16)
+    out32 = carray(pointer(call.out), size, np.uint32)
+
+    if call.absmax2 == 0:
+        absmax = carray(pointer(call.absmax), blocks, np.float32)
+        none = absmax[:0]
+        zero = np.float32(0)
+        if call.itemsize == 2:
+            _dequantize(packed, absmax, none, zero, levels, out16, weight, tile, start, stop)
+        else:
+            _dequantize(packed, absmax, none, zero, levels, out32, weight, tile, start, stop)
+    else:
+        codes = carray(pointer(call.absmax), blocks, np.uint8)
+        absmax2 = carray(pointer(call.absmax2), -(-blocks // GROUP), np.float32)
+        offset = carray(pointer(call.offset), 1, np.float32)[0]
+        if call.itemsize == 2:
+            _dequantize(packed, codes, absmax2, offset, levels, out16, weight, tile, start, stop)
+        else:
+            _dequantize(packed, codes, absmax2, offset, levels, out32, weight, tile, start, stop)
+
+
 def dequantize_tile(
     w: PackedWeight,
     out: Tensor,
@@ -321,18 +372,21 @@ def dequantize_tile(
     The blocks of the weight form a matrix of `blocks_per_row` columns; the tile is rows x columns
     of that matrix, [first, last) each.
     """
-    blocks = columns[1] - columns[0]
-    weights_per_row = w.block_size * blocks
-
-    run(
-        _dequantize,
-        *loop_arguments(w),
-        bits(out),
-        (w.numel(), w.block_size, blocks_per_row),
-        (*columns, rows[0]),
-        rows=rows,
-        grain=-(-_GRAIN // weights_per_row),
+    assert out.is_contiguous() and out.is_cpu
+    count = rows[1] - rows[0]
+    call = _Call(
+        count,
+        0,
+        rows[0],
+        *columns,
+        w.numel(),
+        w.block_size,
+        blocks_per_row,
+        out.itemsize,
+        *addresses(w),
+        out.data_ptr(),
     )
+    team.run(_dequantize_rows, call, count, out.numel() // _TEAM_GRAIN)
 
 
 def dequantize(w: PackedWeight, dtype: torch.dtype) -> Tensor:

@@ -115,16 +115,19 @@ def run(
     function: Callable[..., None],
     call: ctypes.Structure,
     rows: int,
-    threads: int,
+    grains: int,
 ) -> None:
     """Calls `function(address of call, start, stop)` over ranges that together are the rows.
 
-    The call begins with two int64: the number of rows, and one that is for this module.
+    The call begins with two int64: the number of rows, and one that is for this module. There are
+    as many ranges as there is work for, `grains`, but no more than PyTorch has threads.
     """
     kernel = compiled(function)
     address = ctypes.addressof(call)
+    threads = max(1, min(torch.get_num_threads(), grains))
     if not _OPENMP or _is_forked:
-        runtime.run(kernel.ctypes, address, rows=(0, rows), grain=-(-rows // threads))
+        grain = max(1, -(-rows // threads))
+        runtime.run(kernel.ctypes, address, rows=(0, rows), grain=grain)
         return
     call.kernel = kernel.address
     team = compiled(_share, types.void(types.intp))

@@ -5,6 +5,7 @@ times the sum of their magnitudes, and y is rounded once.
 """
 
 import ctypes
+import dataclasses
 import os
 import subprocess
 import sys
@@ -182,10 +183,15 @@ def test_shapes_and_devices_that_do_not_fit_are_refused() -> None:
     for wrong in ((A[:, :64], B), (A, B[:, :2]), (A, B[:10])):
         with pytest.raises(ValueError, match=r"do not fit a weight \(20, 128\)"):
             few_rows(x, w, *wrong, 1.0)
-    with pytest.raises(ValueError, match="its layer on meta: move one"):
+    with pytest.raises(ValueError, match="the adapter on meta: move one"):
         few_rows(x, w, A.to("meta"), B, 1.0)
-    with pytest.raises(ValueError, match="its layer on meta"), torch.no_grad():
+    with pytest.raises(ValueError, match="a part of the weight is on meta"), torch.no_grad():
         minilora.nf4_linear(x, w.to("meta"))
+    gaps = dataclasses.replace(w, packed=w.packed.repeat_interleave(2)[::2])
+    with pytest.raises(ValueError, match="a part of the weight is strided"), torch.no_grad():
+        minilora.nf4_linear(x, gaps)
+    with pytest.raises(ValueError, match="a part of the weight is strided"):
+        gaps.dequantize()
     with pytest.raises(ValueError, match="does not fit an NF4 weight"), torch.no_grad():
         minilora.nf4_linear(x[:, :64], w)
 
