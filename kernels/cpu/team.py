@@ -1,8 +1,9 @@
-"""Runs a compiled kernel in PyTorch's own OpenMP threads, for products of a few microseconds.
+"""Runs a compiled kernel in PyTorch's own OpenMP threads, for work of a few microseconds.
 
 The threads of PyTorch's products keep spinning for a moment, and those of a small model's layers
 follow each other within it: handing them work takes two microseconds, waking a thread of another
-pool thirty. Numba code cannot see these threads, so their runtime is asked by name.
+pool thirty, and it then shares its core with one that spins. Numba code cannot see these threads,
+so their runtime is asked by name.
 
 A forked child has lost the threads and their runtime hangs there; other systems have another
 runtime. Both use the thread pool of runtime.py.
