@@ -218,6 +218,7 @@ PRIVATE = re.compile(
 # True uses: the lanes of a SIMD register, of a warp, and of a PCIe link.
 TRUE_USES = {
     "kernels/cpu/avx512.py": {"lane", "lanes"},
+    "kernels/cpu/vectors.py": {"lane", "lanes"},
     "kernels/gpu/permute.py": {"lane"},
     "kernels/gpu/skinny.py": {"lane"},
     "notebooks/6-when-memory-runs-out.ipynb": {"lane", "lanes"},
