@@ -50,8 +50,8 @@ def exp(x: Any) -> Any:
     p = multiply_add(p, t, _ONE)
 
     # 2^k may be no float32 number where exp(x) is: in two factors.
-    exponent = bits_of_float32(shifted) - bits_of_float32(_ROUNDING)
-    half = exponent >> 1
+    exponent = np.int32(bits_of_float32(shifted) - bits_of_float32(_ROUNDING))
+    half = np.int32(exponent >> 1)
     return p * _power_of_2(half) * _power_of_2(exponent - half)
 
 
