@@ -13,9 +13,9 @@ pytest.importorskip("transformers", reason="the models are transformers'")
 import torch
 import transformers
 from helpers import gaussian, same_bits
-from live_memory import kept_bytes
+from live_memory import LiveMemory, kept_bytes
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
@@ -103,15 +103,22 @@ def test_an_activation_that_is_replaced_or_hooked_in_the_block_is_called() -> No
     assert same_bits(mlp(x), expected)
 
 
-def test_tensors_that_are_no_memory_of_the_cpu_have_pytorchs_operations() -> None:
-    norm, mlp = LlamaRMSNorm(24).requires_grad_(False), llama_mlp()
-    for module in (norm, mlp):
-        module.__class__ = efficient_class(module)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        x = torch.empty(5, 24, requires_grad=True)
-        y = mlp(norm(x))
-        (dx,) = torch.autograd.grad(y, x, torch.ones(5, 24))
-    assert y.shape == dx.shape == (5, 24)
+def test_tensors_without_memory_have_pytorchs_operations() -> None:
+    norm = LlamaRMSNorm(24).requires_grad_(False)
+    norm.__class__ = efficient_class(norm)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    x = mode.from_tensor(torch.empty(5, 24, requires_grad=True))
+    y = norm(x)
+    (dx,) = torch.autograd.grad(y, x, mode.from_tensor(torch.ones(5, 24)))
+    assert type(y) is type(dx) is FakeTensor and y.shape == dx.shape == (5, 24)
+
+
+def test_a_dispatch_mode_sees_pytorchs_operations() -> None:
+    mlp = llama_mlp()
+    mlp.__class__ = efficient_class(mlp)
+    with LiveMemory(mlp.parameters()) as memory:
+        mlp(gaussian(5, 24))
+    assert any("silu" in operator for *_, operator in memory.at_peak)
 
 
 class Clamped(LlamaRMSNorm):  # type: ignore[misc]
