@@ -1,8 +1,8 @@
-"""RMSNorm on the CPU: the functions of reference/rms_norm.py, in one pass over the rows.
+"""RMSNorm on the CPU: the functions of reference/rms_norm.py, one row after another.
 
-PyTorch's five operations of a forward, and seven of a backward, read and write a tensor of float32
-each; here a row stays in the L1 cache. Every rounding is that of the reference, but the sums of a
-row are in another order.
+PyTorch's operations, five of a forward and seven of a backward, read and write a tensor of float32
+each; here a row stays in the L1 cache. Every rounding is that of the reference, but a row's sum is
+in another order, which may change the last bits of its mean.
 """
 
 import ctypes
@@ -16,35 +16,44 @@ from torch import Tensor
 from ..reference import rms_norm as reference
 from ..reference.rms_norm import Weighting
 from . import team
-from .floats import rounded, widened
+from .floats import as_stored, rounded, widened
 from .runtime import jit, jit_reordered
-from .team import pointer
+from .team import elements, pointer
 
 # The fewest elements that are worth a thread of their own.
 _GRAIN = 1 << 14
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
+_ONE = np.float32(1)
+
+
+_INTEGERS = ("rows", "kernel", "size", "itemsize", "weighting")
+_ADDRESSES = ("x", "w", "r", "y", "dy", "dx")
+
 
 class _Call(ctypes.Structure):
-    """A call, as the threads read it: forward if dy is 0, and then `out` is y; else it is dx."""
+    """A call, as the threads read it: forward from x to y and r, backward from dy to dx."""
 
-    _names = ("rows", "kernel", "size", "itemsize", "weighting", "x", "w", "r", "dy", "out")
-    _fields_ = (*((name, ctypes.c_int64) for name in _names), ("eps", ctypes.c_float))
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _INTEGERS),
+        *((name, ctypes.c_int64) for name in _ADDRESSES),
+        ("eps", ctypes.c_float),
+    )
 
 
 _CALL = np.dtype(_Call)
 
 
 @jit
-def _weight(w: Any, weighting: int) -> Any:
+def _factors(w: Any, weighting: int) -> Any:
     """What n is multiplied by, in float32."""
-    w32 = np.empty(w.size, np.float32)
+    factors = np.empty(w.size, np.float32)
     for i in range(np.uint64(w.size)):
-        w32[i] = widened(w[i])
+        factors[i] = widened(w[i])
     if weighting == Weighting.ONE_PLUS:
-        w32 += np.float32(1)
-    return w32
+        factors += _ONE
+    return factors
 
 
 @jit_reordered
@@ -57,89 +66,105 @@ def _sum_of_squares(x: Any) -> Any:
 
 
 @jit_reordered
-def _sum_of_products(dy: Any, w32: Any, x: Any, r: Any) -> Any:
-    """sum(dn n) of a row."""
+def _sum_of_products(
+    dy: Any,
+    w: Any,
+    x: Any,
+    r: Any,
+) -> Any:
+    """The sum of dn n."""
     total = np.float32(0)
     for i in range(np.uint64(x.size)):
-        total += (widened(dy[i]) * w32[i]) * (widened(x[i]) * r)
+        n = widened(x[i]) * r
+        dn = widened(dy[i]) * w[i]
+        total += dn * n
     return total
 
 
 @jit
 def _forward(
     x: Any,
-    w32: Any,
+    w: Any,
     y: Any,
-    r: Any,
     eps: Any,
-    weighting: int,
+    rounds_first: bool,
+) -> Any:
+    """One row; returns its r."""
+    size = np.float32(x.size)
+    mean = _sum_of_squares(x) / size
+    r = _ONE / np.sqrt(mean + eps)
+
+    for i in range(np.uint64(x.size)):
+        n = widened(x[i]) * r
+        if rounds_first:
+            n = as_stored(n, y)
+        y[i] = rounded(w[i] * n, y)
+    return r
+
+
+@jit
+def _backward(
+    dy: Any,
+    x: Any,
+    w: Any,
+    r: Any,
+    dx: Any,
 ) -> None:
-    """Rows of x [rows, I]."""
-    rounds_first = weighting == Weighting.AFTER_ROUNDING
-    for row in range(np.uint64(x.shape[0])):
-        mean = _sum_of_squares(x[row]) / np.float32(x.shape[1])
-        r[row] = scale = np.float32(1) / np.sqrt(mean + eps)
+    """One row."""
+    size = np.float32(x.size)
+    mean = _sum_of_products(dy, w, x, r) / size
 
-        for i in range(np.uint64(x.shape[1])):
-            n = widened(x[row, i]) * scale
-            if rounds_first:
-                n = widened(rounded(n, y))
-            y[row, i] = rounded(w32[i] * n, y)
+    for i in range(np.uint64(x.size)):
+        n = widened(x[i]) * r
+        dn = widened(dy[i]) * w[i]
+        dx[i] = rounded((dn - n * mean) * r, dx)
 
 
 @jit
-def _backward(dy: Any, x: Any, w32: Any, r: Any, dx: Any) -> None:
-    """Rows of dy [rows, I]."""
-    for row in range(np.uint64(x.shape[0])):
-        scale = r[row]
-        mean = _sum_of_products(dy[row], w32, x[row], scale) / np.float32(x.shape[1])
-
-        for i in range(np.uint64(x.shape[1])):
-            n = widened(x[row, i]) * scale
-            dn = widened(dy[row, i]) * w32[i]
-            dx[row, i] = rounded((dn - n * mean) * scale, dx)
-
-
-@jit
-def _rows(call: Any, dtype: Any, start: int, stop: int) -> None:
+def _rms_norm(call: Any, dtype: Any, start: int, stop: int) -> None:
     """Rows [start, stop) of a call whose elements have the given type."""
-    shape = call.rows, call.size
-    w32 = _weight(carray(pointer(call.w), call.size, dtype), call.weighting)
-    x = carray(pointer(call.x), shape, dtype)[start:stop]
-    out = carray(pointer(call.out), shape, dtype)[start:stop]
-    r = carray(pointer(call.r), call.rows, np.float32)[start:stop]
+    r = elements(call.r, np.float32, 0, stop)
+    w = elements(call.w, dtype, 0, call.size)
+    w = _factors(w, call.weighting)
+    rounds_first = call.weighting == Weighting.AFTER_ROUNDING
 
-    if call.dy == 0:
-        _forward(x, w32, out, r, call.eps, call.weighting)
-    else:
-        dy = carray(pointer(call.dy), shape, dtype)[start:stop]
-        _backward(dy, x, w32, r, out)
+    for row in range(start, stop):
+        first, last = row * call.size, (row + 1) * call.size
+        x = elements(call.x, dtype, first, last)
+        if call.dy == 0:
+            y = elements(call.y, dtype, first, last)
+            r[row] = _forward(x, w, y, call.eps, rounds_first)
+        else:
+            dy = elements(call.dy, dtype, first, last)
+            dx = elements(call.dx, dtype, first, last)
+            _backward(dy, x, w, r[row], dx)
 
 
 def _rms_norm_rows(address: int, start: int, stop: int) -> None:
     call = carray(pointer(address), 1, _CALL)[0]
     if call.itemsize == 2:
-        _rows(call, np.uint16, start, stop)
+        _rms_norm(call, np.uint16, start, stop)
     else:
-        _rows(call, np.float32, start, stop)
+        _rms_norm(call, np.float32, start, stop)
 
 
-def _call(x: Tensor, w: Tensor, weighting: Weighting, out: Tensor, r: Tensor) -> _Call:
-    return _Call(
-        rows=r.numel(),
-        size=w.numel(),
+def _run(weighting: Weighting, eps: float, **tensors: Tensor) -> None:
+    """Runs a call with these tensors at its addresses."""
+    x, rows = tensors["x"], tensors["r"].numel()
+    call = _Call(
+        rows=rows,
+        size=x.shape[-1],
         itemsize=x.itemsize,
         weighting=weighting,
-        x=x.data_ptr(),
-        w=w.data_ptr(),
-        r=r.data_ptr(),
-        out=out.data_ptr(),
+        eps=eps,
+        **{name: t.data_ptr() for name, t in tensors.items()},
     )
+    team.run(_rms_norm_rows, call, rows, x.numel() // _GRAIN)
 
 
-def _is_supported(x: Tensor, w: Tensor, *others: Tensor) -> bool:
-    same = all(t.dtype == x.dtype and t.shape == x.shape for t in others)
-    return same and x.dtype in _DTYPES and w.dtype == x.dtype and w.shape == x.shape[-1:]
+def _is_supported(x: Tensor, w: Tensor) -> bool:
+    same = w.dtype == x.dtype and w.shape == x.shape[-1:]
+    return same and x.dtype in _DTYPES
 
 
 def rms_norm(
@@ -155,9 +180,7 @@ def rms_norm(
     x, w = x.contiguous(), w.contiguous()
     y = torch.empty_like(x)
     r = torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
-    call = _call(x, w, weighting, y, r)
-    call.eps = eps
-    team.run(_rms_norm_rows, call, call.rows, x.numel() // _GRAIN)
+    _run(weighting, eps, x=x, w=w, y=y, r=r)
     return y, r
 
 
@@ -168,13 +191,12 @@ def rms_norm_backward(
     r: Tensor,
     weighting: Weighting,
 ) -> Tensor:
-    """Returns dx [..., I] in the dtype of x."""
-    if not _is_supported(x, w, dy):
+    """Returns dx [..., I] from dy [..., I], both in the dtype of x, and the r of the forward."""
+    if not _is_supported(x, w) or dy.dtype != x.dtype or dy.shape != x.shape:
         return reference.rms_norm_backward(dy, x, w, r, weighting)
 
-    dy, x, w, r = (t.contiguous() for t in (dy, x, w, r))
+    x, w = x.contiguous(), w.contiguous()
+    dy, r = dy.contiguous(), r.contiguous()
     dx = torch.empty_like(x)
-    call = _call(x, w, weighting, dx, r)
-    call.dy = dy.data_ptr()
-    team.run(_rms_norm_rows, call, call.rows, x.numel() // _GRAIN)
+    _run(weighting, 0.0, dy=dy, x=x, w=w, r=r, dx=dx)
     return dx

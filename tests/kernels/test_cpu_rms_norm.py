@@ -117,6 +117,16 @@ def test_a_row_that_is_not_finite_is_that_of_pytorch(dtype: torch.dtype) -> None
         assert dx.isfinite().all(-1).tolist() == [False, False, True, False, True]
 
 
+def test_r_is_float32_whatever_the_default_dtype_is() -> None:
+    x, w, _ = inputs(5, 40, torch.bfloat16)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        _, r = cpu.rms_norm(x, w, EPS, Weighting.ONE_PLUS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert r.dtype == torch.float32 and r.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_other_dtypes_are_left_to_the_reference(dtype: torch.dtype) -> None:
     x, w, dy = inputs(5, 40, dtype)
