@@ -47,12 +47,12 @@ class Replaced:
 def efficient_training(model: nn.Module) -> Iterator[Replaced]:
     """Inside the block, training takes less time and memory for the same loss.
 
-    The error of each part against float64 is no larger than that of PyTorch's operations. Gated MLPs
-    give the same bits; with SiLU in float32 on the CPU, the last bits may differ. Only the attention
-    of models that use "sdpa" is replaced, on the CPU, where it can be compared on two rows of
-    tokens. Everything goes together with gradient checkpointing, generation, saving and loading;
-    what torch.compile traces, it traces as the model was before. A deep copy of the model has the
-    plain modules.
+    The error of each part against float64 is no larger than that of PyTorch's operations. Gated
+    MLPs give the same bits; with SiLU in float32 on the CPU, the last ones may differ. Only the
+    attention of models that use "sdpa" is replaced, on the CPU, where it can be compared on two
+    rows of tokens. Everything goes together with gradient checkpointing, generation, saving and
+    loading; what torch.compile traces, it traces as the model was before. A deep copy of the model
+    has the plain modules.
 
     Args:
         model: a transformers model, with adapters or without, or a module that contains one.
