@@ -66,10 +66,10 @@ const sum = (numbers) => numbers.reduce((total, n) => total + n, 0);
 
 function keptPerBlock(d, adapters, run) {
   const { c, efficient, dropout } = run;
-  const inputs = adapters.inputs - (efficient ? 0 : adapters.output);
+  const inputs = adapters.inputs - adapters.output;
   return {
     norms: keptByNorms(d.norms, d.vectors, run),
-    attention: c * (d.A + 2 * d.K) + (efficient ? 0 : c * d.A + FLOAT * d.heads),
+    attention: c * (2 * d.A + 2 * d.K) + FLOAT * d.heads,
     MLP: (efficient ? 2 : 3) * c * d.I,
     adapters: c * (dropout ? 2 * adapters.dropped : inputs) + c * adapters.ranks,
   };
