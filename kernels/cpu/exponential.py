@@ -16,7 +16,8 @@ from .floats import bits_of_float32, float32_of_bits, multiply_add
 from .runtime import jit
 
 # Beyond these, exp is infinite or rounds to zero.
-_LARGEST, _SMALLEST = np.float32(89.0), np.float32(-104.0)
+_LARGEST = np.float32(89.0)
+_SMALLEST = np.float32(-104.0)
 
 # Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
 _ROUNDING = np.float32(1.5 * 2**23)
@@ -26,13 +27,16 @@ _INVERSE = np.float32(1 / math.log(2))
 _HIGH = np.float32(355 / 512)
 _LOW = np.float32(math.log(2) - 355 / 512)
 
-_C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1 / math.factorial(n)) for n in range(2, 8))
-_ONE = np.float32(1)
+# The coefficients of exp(t), from the lowest.
+_C = tuple(np.float32(1 / math.factorial(n)) for n in range(8))
 
 
 @jit
 def exp(x: Any) -> Any:
-    """exp(x) of a float32 number, within 1 ulp; NaN of NaN, and numbers below 1e-38 as well."""
+    """exp(x) of a float32 number: infinite, denormal, 0 and NaN where exp is.
+
+    Within 1 ulp with fused multiply-add; without, within 1.5.
+    """
     x = _LARGEST if x > _LARGEST else x
     x = _SMALLEST if x < _SMALLEST else x
 
@@ -41,17 +45,17 @@ def exp(x: Any) -> Any:
     t = multiply_add(-k, _HIGH, x)
     t = multiply_add(-k, _LOW, t)
 
-    p = multiply_add(t, _C7, _C6)
-    p = multiply_add(p, t, _C5)
-    p = multiply_add(p, t, _C4)
-    p = multiply_add(p, t, _C3)
-    p = multiply_add(p, t, _C2)
-    p = multiply_add(p, t, _ONE)
-    p = multiply_add(p, t, _ONE)
+    p = multiply_add(t, _C[7], _C[6])
+    p = multiply_add(p, t, _C[5])
+    p = multiply_add(p, t, _C[4])
+    p = multiply_add(p, t, _C[3])
+    p = multiply_add(p, t, _C[2])
+    p = multiply_add(p, t, _C[1])
+    p = multiply_add(p, t, _C[0])
 
     # 2^k may be no float32 number where exp(x) is: in two factors.
-    exponent = bits_of_float32(shifted) - bits_of_float32(_ROUNDING)
-    half = exponent >> 1
+    exponent = np.int32(bits_of_float32(shifted) - bits_of_float32(_ROUNDING))
+    half = np.int32(exponent >> 1)
     return p * _power_of_2(half) * _power_of_2(exponent - half)
 
 

@@ -76,6 +76,12 @@ def pointer(typing: Any, address: Any) -> Any:
     return types.voidptr(types.intp), build
 
 
+@runtime.jit
+def elements(address: int, dtype: Any, start: int, stop: int) -> Any:
+    """Elements [start, stop) of the array at an address, flat."""
+    return numba.carray(pointer(address), stop, dtype)[start:]
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _call(typing: Any, kernel: Any, address: Any, start: Any, stop: Any) -> Any:
     """Calls a kernel by its address."""

@@ -9,6 +9,9 @@ from llvmlite.binding import get_host_cpu_features
 
 from minilora.kernels.cpu.exponential import exp
 
+# A CPU name in Numba's configuration means that the code is compiled for some other processor.
+HAS_FMA = numba.config.CPU_NAME is None and get_host_cpu_features().get("fma", False)
+
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def exp_of_each(x: np.ndarray, y: np.ndarray) -> None:
@@ -24,11 +27,11 @@ def found(x: np.ndarray) -> np.ndarray:
 
 # Where exp is a normal number, where it is a denormal one, and around 0.
 @pytest.mark.parametrize("ends", [(-87.3, 88.7), (-103.9, -87.4), (-1e-3, 1e-3)])
-def test_it_is_within_one_ulp_of_float64(ends: tuple[float, float]) -> None:
+def test_it_is_as_exact_as_it_says(ends: tuple[float, float]) -> None:
     x = np.linspace(*ends, 300_001).astype(np.float32)
     exact = np.exp(x.astype(np.float64))
     ulp = np.spacing(exact.astype(np.float32)).astype(np.float64)
-    assert (np.abs(found(x) - exact) <= ulp).all()
+    assert (np.abs(found(x) - exact) <= (1.0 if HAS_FMA else 1.5) * ulp).all()
 
 
 def test_the_edges() -> None:
@@ -53,7 +56,7 @@ def test_the_edges() -> None:
     assert np.isnan(y[9])
 
 
-@pytest.mark.skipif(not get_host_cpu_features().get("fma"), reason="looks for an instruction of it")
+@pytest.mark.skipif(not HAS_FMA, reason="looks for its instructions")
 def test_llvm_vectorises_it() -> None:
     found(np.zeros(1, np.float32))
     (assembly,) = exp_of_each.inspect_asm().values()
