@@ -191,9 +191,8 @@ class QLoRALinear(LoRALayer, NF4Linear):
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.compute_dtype is None else x.to(self.compute_dtype)
         lora = self.adapters[self.active[0]] if len(self.active) == 1 else None
-        factors = _plain_factors(lora) if type(lora) is LoRA else None
         # The term of a single plain adapter is added in the same pass over y.
-        if factors is not None:
+        if type(lora) is LoRA and (factors := _plain_factors(lora)):
             y = lora_linear(
                 h,
                 self.weight,

@@ -128,10 +128,13 @@ def _even_odd(
 ) -> Any:
     arrays = Arrays(context, b, signature, args)
     _, first, _, target = args
-    x, y = (arrays.load(I16x32, 0, add_constant(b, first, i)) for i in (0, 32))
-    for parity in (0, 1):
-        half = shuffle(b, x, y, list(range(parity, 64, 2)))
-        arrays.store(half, 2, add_constant(b, target, 32 * parity))
+    x = arrays.load(I16x32, 0, first)
+    y = arrays.load(I16x32, 0, add_constant(b, first, 32))
+
+    even = shuffle(b, x, y, list(range(0, 64, 2)))
+    odd = shuffle(b, x, y, list(range(1, 64, 2)))
+    arrays.store(even, 2, target)
+    arrays.store(odd, 2, add_constant(b, target, 32))
     return context.get_dummy_value()
 
 
@@ -152,10 +155,11 @@ def _absmax_of_block(
     if stored.type == F32:
         return stored
 
-    row = b.sub(b.udiv(i, ir.Constant(i.type, GROUP)), group)
-    first_code = b.mul(row, ir.Constant(i.type, 256))
+    of_block = b.udiv(i, ir.Constant(i.type, GROUP))
+    row = b.sub(of_block, group)
     code = b.zext(stored, i.type)
-    return arrays.load_scalar(_TABLE, b.add(first_code, code))
+    entry = b.add(b.mul(row, ir.Constant(i.type, 256)), code)
+    return arrays.load_scalar(_TABLE, entry)
 
 
 def _add_products(

@@ -124,11 +124,33 @@ def _contiguous_float32(factor: Tensor) -> Tensor:
     return factor.contiguous()
 
 
+@jit
+def _floats(address: int, size: int) -> Any:
+    return carray(pointer(address), size, np.float32)
+
+
+@jit
+def _halves(address: int, size: int) -> Any:
+    """Numbers in bfloat16, as their bits."""
+    return carray(pointer(address), size, np.uint16)
+
+
+@jit
+def _bytes(address: int, size: int) -> Any:
+    return carray(pointer(address), size, np.uint8)
+
+
 _ANY_ORDER = {"reassoc", "contract"}
 
 
 @numba.njit(nogil=True, error_model="numpy", fastmath=_ANY_ORDER)  # type: ignore[untyped-decorator]
-def _dot(x: Any, i: int, y: Any, j: int, size: int) -> Any:
+def _dot(
+    x: Any,
+    i: int,
+    y: Any,
+    j: int,
+    size: int,
+) -> Any:
     """x[i : i + size] . y[j : j + size], summed in any order."""
     total = np.float32(0)
     for k in range(np.uint64(size)):
@@ -137,15 +159,21 @@ def _dot(x: Any, i: int, y: Any, j: int, size: int) -> Any:
 
 
 @jit
-def _fill_table(call: Any, top: int, end: int, out: Any) -> int:
+def _fill_table(
+    call: Any,
+    top: int,
+    end: int,
+    out: Any,
+) -> Any:
     """out [groups, 256] = the absmax of each 8-bit code, in the groups of rows [top, end) of W.
 
     Returns the number of the first group.
     """
     group_size = GROUP * call.block_size
-    first, last = top * call.I // group_size, (end * call.I - 1) // group_size
-    absmax2 = carray(pointer(call.absmax2), last + 1, np.float32)
-    offset = carray(pointer(call.offset), 1, np.float32)[0]
+    first = top * call.I // group_size
+    last = (end * call.I - 1) // group_size
+    absmax2 = _floats(call.absmax2, last + 1)
+    offset = _floats(call.offset, 1)[0]
     for g in range(first, last + 1):
         row, scale = out[g - first], absmax2[g]
         for code in range(np.uint64(256)):
@@ -164,14 +192,20 @@ def _widen(x: Any, first: int, out: Any) -> None:
 @jit
 def _down(call: Any, x: Any, z: Any, m: int) -> None:
     """z[m] = scale x A^T for one row x, float32."""
-    A = carray(pointer(call.A), call.r * call.I, np.float32)
+    A = _floats(call.A, call.r * call.I)
     for j in range(call.r):
         product = _dot(A, j * call.I, x, 0, call.I)
         z[m * call.r + j] = call.scale * product
 
 
 @jit
-def _even_odd(x: Any, M: int, size: int, out: Any, start: int) -> None:
+def _even_odd(
+    x: Any,
+    M: int,
+    size: int,
+    out: Any,
+    start: int,
+) -> None:
     """out [blocks, size, 2, 32] from x [M, I]: each block's even elements, then its odd ones.
 
     Rows of `out` that x does not have are zero.
@@ -191,10 +225,10 @@ def _bfloat16_rows(address: int, start: int, stop: int) -> None:
     call = carray(pointer(address), 1, _CALL)[0]
     O, I, r = call.O, call.I, call.r
     n = O * I // call.block_size
-    absmax = carray(pointer(call.absmax), n, np.float32)
-    codes = carray(pointer(call.absmax), n, np.uint8)
-    x = carray(pointer(call.x), call.M * I, np.uint16)
-    y = carray(pointer(call.y), call.M * O, np.uint16)
+    absmax = _floats(call.absmax, n)
+    codes = _bytes(call.absmax, n)
+    x = _halves(call.x, call.M * I)
+    y = _halves(call.y, call.M * O)
 
     groups = _TILE * I // call.block_size // GROUP + 2
     table = np.empty((groups, 256), np.float32)
@@ -209,9 +243,10 @@ def _bfloat16_rows(address: int, start: int, stop: int) -> None:
     for top_x in range(0, call.M, 16):
         M = min(16, call.M - top_x)
         size = 1 if call.M == 1 else 4 if M <= 4 else 8 if M <= 8 else 16
-        _even_odd(x[top_x * I : (top_x + M) * I], M, size, even_odd, aligned)
+        rows = x[top_x * I : (top_x + M) * I]
+        _even_odd(rows, M, size, even_odd, aligned)
         for m in range(M if r else 0):
-            _widen(x, (top_x + m) * I, row)
+            _widen(rows, m * I, row)
             _down(call, row, z, m)
 
         for top in range(start, stop, _TILE):
@@ -225,18 +260,27 @@ def _bfloat16_rows(address: int, start: int, stop: int) -> None:
             if r:
                 _add_update(call, z, M, sums, size, top, end)
             for m in range(M):
-                first = (top_x + m) * O
-                _round(bits[m:], size, y[first + top : first + end])
+                row_of_y = y[(top_x + m) * O :]
+                _round(bits[m:], size, row_of_y[top:end])
 
 
 @jit
-def _add_update(call: Any, z: Any, M: int, sums: Any, size: int, top: int, end: int) -> None:
+def _add_update(
+    call: Any,
+    z: Any,
+    M: int,
+    sums: Any,
+    size: int,
+    top: int,
+    end: int,
+) -> None:
     """sums [end - top, size] += z B^T, for rows [top, end) of B."""
     r = call.r
-    B = carray(pointer(call.B), call.O * r, np.float32)
+    B = _floats(call.B, call.O * r)
     for o in range(top, end):
         for m in range(M):
-            sums[(o - top) * size + m] += _dot(B, o * r, z, m * r, r)
+            update = _dot(B, o * r, z, m * r, r)
+            sums[(o - top) * size + m] += update
 
 
 @jit
@@ -263,8 +307,8 @@ def _tile(
 
     As many rows of W at a time as leave a register for each of their sums.
     """
-    packed = carray(pointer(call.packed), call.O * call.I // 2, np.uint8)
-    levels = carray(pointer(call.levels), 16, np.float32)
+    packed = _bytes(call.packed, call.O * call.I // 2)
+    levels = _floats(call.levels, 16)
     blocks = call.I // 64
     shift = 0
     while 64 << shift < call.block_size:
@@ -279,7 +323,8 @@ def _tile(
         o = top
         while o < end:
             arrays = packed, absmax, table, levels, x, sums
-            sizes = o * blocks + k, blocks, end - 1 - o, shift, group, at_x, n, (o - top) * size
+            block, last, target = o * blocks + k, end - 1 - o, (o - top) * size
+            sizes = block, blocks, last, shift, group, at_x, n, target
             if size == 1:
                 add_products(8, 1, arrays, sizes)
                 o += 8
@@ -298,9 +343,9 @@ def _float32_rows(address: int, start: int, stop: int) -> None:
     """y[:, start:stop] of a call with float32 x and y, on any processor."""
     call = carray(pointer(address), 1, _CALL)[0]
     O, I, M, r = call.O, call.I, call.M, call.r
-    B = carray(pointer(call.B), O * r, np.float32)
-    x = carray(pointer(call.x), M * I, np.float32)
-    y = carray(pointer(call.y), M * O, np.float32)
+    B = _floats(call.B, O * r)
+    x = _floats(call.x, M * I)
+    y = _floats(call.y, M * O)
 
     W = np.empty(I, np.float32)
     z = np.empty(M * r, np.float32)
@@ -321,17 +366,18 @@ def _decode(call: Any, o: int, out: Any) -> None:
     """out = row o of W."""
     blocks = call.I // call.block_size
     n = call.O * call.I
-    packed = carray(pointer(call.packed), n // 2, np.uint8)
-    absmax = carray(pointer(call.absmax), call.O * blocks, np.float32)
-    levels = carray(pointer(call.levels), 16, np.float32)
-    weight, tile = (n, call.block_size, blocks), (0, blocks, o)
+    packed = _bytes(call.packed, n // 2)
+    absmax = _floats(call.absmax, call.O * blocks)
+    levels = _floats(call.levels, 16)
+    weight = (n, call.block_size, blocks)
+    row = (0, blocks, o)
     bits = out.view(np.uint32)
 
     if call.absmax2 == 0:
         none, zero = absmax[:0], np.float32(0)
-        nf4.decode(packed, absmax, none, zero, levels, bits, weight, tile, o, o + 1)
+        nf4.decode(packed, absmax, none, zero, levels, bits, weight, row, o, o + 1)
     else:
-        codes = carray(pointer(call.absmax), call.O * blocks, np.uint8)
-        absmax2 = carray(pointer(call.absmax2), -(-codes.size // GROUP), np.float32)
-        offset = carray(pointer(call.offset), 1, np.float32)[0]
-        nf4.decode(packed, codes, absmax2, offset, levels, bits, weight, tile, o, o + 1)
+        codes = _bytes(call.absmax, call.O * blocks)
+        absmax2 = _floats(call.absmax2, -(-codes.size // GROUP))
+        offset = _floats(call.offset, 1)[0]
+        nf4.decode(packed, codes, absmax2, offset, levels, bits, weight, row, o, o + 1)
