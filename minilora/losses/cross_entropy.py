@@ -107,7 +107,8 @@ def linear_cross_entropy(
 
     y = labels.reshape(-1)  # [N]
     x = hidden.reshape(len(y), hidden.shape[-1])  # [N, H]
-    options = Options(ignore_index, float(scale), softcap, chunk or _default_chunk(weight))
+    chunk = chunk or _default_chunk(weight)
+    options = Options(ignore_index, float(scale), softcap, chunk)
     apply_head = _through_weight if isinstance(weight, Tensor) else _through_layer
     loss = apply_head(x, weight, bias, y, options, per_token=reduction == "none")
 
@@ -121,7 +122,12 @@ def linear_cross_entropy(
 
 
 def _through_weight(
-    x: Tensor, weight: Any, bias: Tensor | None, y: Tensor, options: Options, per_token: bool
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None,
+    y: Tensor,
+    options: Options,
+    per_token: bool,
 ) -> Tensor:
     # Autograd casts the gradients back.
     dtype = _product_dtype(x, weight)
@@ -155,17 +161,25 @@ def _weight_losses(
     An operator, since torch.compile cannot follow the selection of tokens. An operator takes plain
     numbers, so here the `Options` are spelled out.
     """
-    head = WeightHead(weight, bias, min(chunk, len(y)), any(needs), needs[1], needs[2])
+    options = Options(ignore_index, scale, softcap, chunk)
+    rows = min(chunk, len(y))
+    head = WeightHead(weight, bias, rows, any(needs), needs[1], needs[2])
     with _without_autocast(x.device.type):
-        losses, dx = losses_in_chunks(head, x, y, Options(ignore_index, scale, softcap, chunk))
+        losses, dx = losses_in_chunks(head, x, y, options)
     return losses, dx, head.dW.to(weight.dtype), head.db.to(weight.dtype)
 
 
 @_weight_losses.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, needs: list[bool], *options: Any
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    needs: list[bool],
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    losses = x.new_empty(len(y), dtype=torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    losses = x.new_empty(len(y), dtype=wide)
     dx = torch.empty_like(x) if any(needs) else x.new_empty(0)
     dW = torch.empty_like(weight) if needs[1] else weight.new_empty(0)
     return losses, dx, dW, weight.new_empty(len(weight) if needs[2] else 0)
@@ -175,7 +189,12 @@ def _(
     reason="linear_cross_entropy calls an output head chunk by chunk"
 )
 def _through_layer(
-    x: Tensor, layer: Any, bias: Tensor | None, y: Tensor, options: Options, per_token: bool
+    x: Tensor,
+    layer: Any,
+    bias: Tensor | None,
+    y: Tensor,
+    options: Options,
+    per_token: bool,
 ) -> Tensor:
     if isinstance(layer, NF4Weight):
         call: Callable[[Tensor], Tensor] = partial(nf4_linear, w=layer, bias=bias)
@@ -187,12 +206,14 @@ def _through_layer(
     parameters = [p for p in parameters if enabled and p.requires_grad]
     _check_frozen(per_token, bool(parameters))
 
-    head = LayerHead(call, parameters, enabled and (x.requires_grad or bool(parameters)))
+    gradient = enabled and (x.requires_grad or bool(parameters))
+    head = LayerHead(call, parameters, gradient)
     with torch.no_grad():
         losses, dx = losses_in_chunks(head, x, y, options)
     known = [(x, dx)] if x.requires_grad else []
     known += [(p, total.to(p.dtype)) for p, total in zip(parameters, head.sums, strict=True)]
-    return _attach(losses if per_token else losses.sum(), known if head.gradient else [])
+    loss = losses if per_token else losses.sum()
+    return _attach(loss, known) if head.gradient else loss
 
 
 class _KnownGradients(torch.autograd.Function):
@@ -260,7 +281,9 @@ def _is_plain_linear(layer: Any) -> TypeGuard[nn.Linear]:
 
 def _check_tensors(hidden: Any, weight: Any, labels: Any, bias: Any) -> None:
     """Raises TypeError or ValueError, with the argument's name, for what cannot be computed."""
-    given = {"hidden": hidden, "labels": labels} | ({} if bias is None else {"bias": bias})
+    given = {"hidden": hidden, "labels": labels}
+    if bias is not None:
+        given["bias"] = bias
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}: it must be a tensor")
@@ -305,7 +328,13 @@ def _check_device(name: str, tensor: Tensor | NF4Weight, device: torch.device) -
         raise ValueError(f"{name} on {tensor.device}, hidden on {device}: move both to one device")
 
 
-def _check_options(ignore_index: Any, reduction: Any, scale: Any, softcap: Any, chunk: Any) -> None:
+def _check_options(
+    ignore_index: Any,
+    reduction: Any,
+    scale: Any,
+    softcap: Any,
+    chunk: Any,
+) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r}: must be one of {', '.join(REDUCTIONS)}")
     if not isinstance(ignore_index, int) or ignore_index not in _INT64:

@@ -51,7 +51,8 @@ def losses_in_chunks(
 
     Without gradients (`Head.gradient`) that of `hidden` is empty, or zeros.
     """
-    losses = hidden.new_zeros(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    losses = hidden.new_zeros(len(labels), dtype=wide)
     dhidden = torch.zeros_like(hidden) if head.gradient else hidden.new_empty(0)
 
     kept = (labels != options.ignore_index).nonzero()[:, 0]
@@ -116,9 +117,9 @@ class WeightHead:
         if self.dW.dtype == g.dtype:
             self.dW.addmm_(g.T, self._h)
             return
-        parts = zip(torch.split(self.dW, _ROWS), torch.split(g, _ROWS, dim=1), strict=True)
-        for dW, columns in parts:
-            dW += columns.T @ self._h
+        for start in range(0, len(self.dW), _ROWS):
+            some = slice(start, start + _ROWS)
+            self.dW[some] += g[:, some].T @ self._h
 
 
 class LayerHead:
@@ -134,7 +135,10 @@ class LayerHead:
     """
 
     def __init__(
-        self, layer: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], gradient: bool
+        self,
+        layer: Callable[[Tensor], Tensor],
+        parameters: Sequence[Tensor],
+        gradient: bool,
     ) -> None:
         self.layer, self.parameters, self.gradient = layer, parameters, gradient
         wide = [torch.promote_types(p.dtype, torch.float32) for p in parameters]

@@ -15,7 +15,10 @@ _BLOCK = 2**20
 
 
 def softmax_cross_entropy_(
-    logits: Tensor, labels: Tensor, scale: float = 1.0, softcap: float | None = None
+    logits: Tensor,
+    labels: Tensor,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     r"""Returns the loss of each row; afterwards `logits` holds the gradient of their sum.
 

@@ -270,21 +270,6 @@ def test_what_a_plan_of_a_batch_says() -> None:
     assert plain.total_bytes == sum(plain.bytes.values()) and "plus activations" in str(plain)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"batch_size": 2},
-        {"length": 2},
-        {"batch_size": 0, "length": 8},
-        {"batch_size": 2, "length": 1.5},
-        {"batch_size": True, "length": 8},
-    ],
-)
-def test_half_a_batch_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="give batch_size and length, whole numbers from 1"):
-        minilora.plan(Case(LLAMA, 1, 1).model(), **options)
-
-
 # Decoders of other architectures: what reading their modules finds.
 DECODERS = {
     "OPTForCausalLM": {"gated": False, "rms": False},
