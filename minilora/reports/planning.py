@@ -194,9 +194,10 @@ def _batch(
         size=size,
         length=length,
         checkpointing=in_nf4 if checkpointing is None else checkpointing,
-        dropout=dropout > 0 and not in_nf4,
+        dropout=dropout > 0,
         compute_bytes=floats[0].element_size(),
         efficient=efficient,
+        quantized=in_nf4,
     )
 
 
