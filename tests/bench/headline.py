@@ -282,9 +282,7 @@ def main() -> None:
         shape, tokens = options.shape, options.tokens or 64
         arguments = {"shape": shape, "tokens": tokens, "steps": options.steps}
         arguments |= {"mapped": options.mapped and str(options.mapped.resolve())}
-        arguments |= {"threads": options.threads}
-        environment = {"OMP_NUM_THREADS": str(options.threads)}
-        result = bench.run(__file__, arguments, environment)
+        result = bench.run(__file__, arguments, options.threads)
     print(line(shape, tokens, result))
     rows = {f"{shape}, {tokens} tokens": result | {"shape": shape, "tokens": tokens}}
     if options.store:
