@@ -15,15 +15,20 @@
   const KINDS = [
     "quantized", "dense", "reading", "adapters", "optimizer", "gradients", "activations", "logits",
   ];
-  const METHODS = { qlora: "QLoRA", lora: "LoRA on a dense base", full: "full fine-tuning" };
+  const METHOD_NAMES = { qlora: "QLoRA", lora: "LoRA on a dense base", full: "full fine-tuning" };
+  const NBSP = "\u00a0";
 
-  const total = (kinds) => Object.values(kinds).reduce((all, n) => all + n, 0);
   const percent = (share) => `${(100 * share).toFixed(3)}%`;
 
-  // As minilora.reports.formatting.format_bytes.
+  // As minilora.reports.formatting.format_bytes, and never broken into two lines.
   function formatBytes(n) {
-    if (n < 1e9) return n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(1)} MB`;
-    return `${(n / 1e9).toFixed(2)} GB`;
+    const [size, digits, unit] =
+      n < 1e6 ? [n / 1e3, 1, "kB"]
+      : n < 1e9 ? [n / 1e6, 1, "MB"]
+      : n < 1e12 ? [n / 1e9, 2, "GB"]
+      : [n / 1e12, 2, "TB"];
+    const options = { minimumFractionDigits: digits, maximumFractionDigits: digits };
+    return size.toLocaleString("en", options) + NBSP + unit;
   }
 
   function element(tag, attributes = {}, ...children) {
@@ -96,9 +101,10 @@
   }
 
   function drawLegend(found) {
-    const present = KINDS.filter((kind) => Object.values(found.phases).some((p) => p[kind]));
+    const shown = KINDS.filter((kind) => Object.values(found.phases).some((p) => p[kind]));
     legend.replaceChildren(
-      ...present.map((kind) => element("li", {}, element("span", { class: `part ${kind}` }), kind)),
+      ...shown.map((kind) => element("li", {}, element("span", { class: `part ${kind}` }), kind)),
+      element("li", {}, element("span", { class: "gpu" }), "memory of the GPU"),
     );
   }
 
@@ -121,26 +127,28 @@
   }
 
   function described(run, found, gpu) {
-    const others = Object.keys(METHODS).filter((method) => method !== run.method);
+    const others = Object.keys(METHOD_NAMES).filter((method) => method !== run.method);
     const compared = others.map(
-      (method) => `${METHODS[method]} ${formatBytes(memory({ ...run, method }).peak)}`,
+      (method) => `${METHOD_NAMES[method]} ${formatBytes(memory({ ...run, method }).peak)}`,
     );
-    const fits = largestBatch(run, gpu);
-    const count = fits >= 1024 ? "1024 sequences or more" : `${fits} sequence${fits > 1 ? "s" : ""}`;
+    const name = METHOD_NAMES[run.method];
+    const card = `a GPU with ${gpu / 1e9}${NBSP}GB`;
+    const most = largestBatch(run, gpu);
+    const fitting =
+      most >= LARGEST_BATCH ? `Batches of ${LARGEST_BATCH} sequences and more fit on ${card}.`
+      : most ? `The largest batch that fits on ${card} has ${most} sequence${most > 1 ? "s" : ""}.`
+      : `It does not fit on ${card}, not even with one sequence.`;
     const share = ((100 * found.trainable) / found.parameters).toFixed(2);
-    const said = [
-      `${METHODS[run.method][0].toUpperCase()}${METHODS[run.method].slice(1)} needs `,
+    return [
+      `${name[0].toUpperCase()}${name.slice(1)} needs `,
       element("strong", { id: "calculator-peak" }, formatBytes(found.peak)),
-      ` (${PHASES[found.phase].toLowerCase()}). `,
+      ` (${PHASES[found.phase].toLowerCase()}). ${fitting}`,
+      element("br"),
       `${found.trainable.toLocaleString("en")} of ${found.parameters.toLocaleString("en")} `,
-      `parameters are trained (${share} %). `,
-      fits
-        ? `A GPU of ${formatBytes(gpu)} has space for ${count} per batch.`
-        : `A GPU of ${formatBytes(gpu)} has no space for it, not even for one sequence.`,
+      `parameters are trained (${share}%).`,
       element("br"),
       `For comparison: ${compared.join(", ")}.`,
     ];
-    return said;
   }
 
   const names = Object.keys(SHAPES).map((name) => element("option", { value: name }, name));

@@ -1,14 +1,134 @@
 // The memory of a run: the formulas of minilora/reports/memory.py, for the calculator.
-// tests/reports/test_calculator.py compares them with minilora.plan, and SHAPES with shapes.py.
 //
-// Sizes per token: H hidden, A all heads of the queries, K all heads of the keys, I the MLP's width,
-// V vocabulary; L blocks, r rank, c bytes of a number in the compute dtype, M tokens of a batch.
+// The functions have the names and the order of those in memory.py, where they are explained, so that
+// the two files can be read side by side. tests/reports/test_calculator.py compares their results.
 
 const FLOAT = 4;
 const READ_WINDOW = 64 * 2 ** 20;
-const RESERVED = 1e9;
 
-// [model_type, H, I, L, heads, heads of the keys, V, tied embeddings, size of a head]
+function nf4Bytes(n) {
+  const codes = Math.ceil(n / 2);
+  const blocks = Math.ceil(n / 64);
+  const groups = Math.ceil(blocks / 256);
+  return codes + blocks + 4 * groups + 4;
+}
+
+const sum = (numbers) => numbers.reduce((all, n) => all + n, 0);
+
+const total = (kinds) => sum(Object.values(kinds));
+
+const present = (kinds) => Object.fromEntries(Object.entries(kinds).filter(([, n]) => n));
+
+const tokens = (batch) => batch.size * batch.length;
+
+const keepsMasks = (batch) => batch.dropout && !batch.quantized;
+
+function keptPerBlock(d, a, batch) {
+  const c = batch.computeBytes;
+  const factors = batch.efficient ? 2 : 3;
+
+  const attention = c * (2 * d.attention + 2 * d.keys) + FLOAT * d.heads;
+  let inputs = a.inputs - a.output;
+
+  if (keepsMasks(batch)) inputs = 2 * a.dropped;
+
+  return {
+    norms: keptByNorms(d.norms, d.vectors, batch),
+    attention,
+    MLP: c * factors * d.width,
+    adapters: c * (inputs + a.ranks),
+  };
+}
+
+function keptByNorms(values, vectors, batch) {
+  if (!batch.efficient) return FLOAT * values;
+  return batch.computeBytes * values + FLOAT * vectors;
+}
+
+function logitsBytes(d, batch) {
+  const M = tokens(batch);
+  const V = d.vocabulary;
+  if (!batch.efficient) return 3 * FLOAT * M * V;
+  const c = batch.computeBytes;
+  const chunk = Math.max(64, Math.min(512, Math.floor(2 ** 24 / V)));
+  const logits = Math.min(M, chunk) * V;
+  const hidden = 2 * M * d.hidden;
+  return c * (logits + hidden) + FLOAT * Math.min(2 ** 20, logits);
+}
+
+function activationBytes(d, a, batch) {
+  const c = batch.computeBytes;
+  const M = tokens(batch);
+  const blockInput = M * c * d.hidden;
+  const copies = c < FLOAT ? Math.floor((c * a.parameters) / d.layers) : 0;
+  const block = M * total(keptPerBlock(d, a, batch)) + copies;
+
+  const widths = batch.efficient ? 4 : 3;
+  const gone = keepsMasks(batch) ? 2 * a.product : a.product;
+  const inMLP = M * c * (widths * d.width + d.hidden - gone);
+  const norm = M * keptByNorms(d.hidden, 1, batch);
+  const temporary = (batch.efficient ? 3 : 5) * FLOAT;
+  const inNorm = M * d.hidden * temporary;
+
+  if (batch.checkpointing) {
+    const inputs = d.layers * blockInput;
+    const backward = inputs + Math.max(norm + inNorm, block + inMLP);
+    return { forward: inputs + norm, backward, lastBlock: blockInput + block - norm + inMLP };
+  }
+
+  const blocks = d.layers * block - norm;
+  const backward = blocks + Math.max(norm + inNorm, inMLP);
+  return { forward: blocks + norm, backward, lastBlock: block - norm + inMLP };
+}
+
+function phases(run) {
+  const activations = activationBytes(run.decoder, run.adapters, run.batch);
+  const logits = logitsBytes(run.decoder, run.batch);
+
+  const earlier = run.accumulate ? run.gradients : 0;
+  const later = Math.max(earlier, run.gradients - Math.floor(run.gradients / run.decoder.layers));
+  const firstBlock = { gradients: earlier, activations: activations.backward };
+  const lastBlock = { gradients: later, activations: activations.lastBlock };
+
+  return {
+    loading: present(run.loading),
+    loss: present({ ...run.held, gradients: earlier, activations: activations.forward, logits }),
+    backward: present({ ...run.held, ...(total(firstBlock) >= total(lastBlock) ? firstBlock : lastBlock) }),
+    step: present({ ...run.held, gradients: run.gradients }),
+  };
+}
+
+function fullFinetuning(run, parameters) {
+  const d = run.decoder;
+  const weights = run.batch.computeBytes * parameters;
+  const states = run.held.optimizer ? 2 * weights : 0;
+  return {
+    ...run,
+    held: { dense: weights, optimizer: states },
+    gradients: weights,
+    loading: { dense: weights },
+    adapters: {
+      parameters: 0,
+      ranks: 0,
+      inputs: 2 * d.hidden + d.attention + d.width + d.norms,
+      output: d.attention,
+      product: d.width,
+      dropped: 0,
+    },
+    batch: { ...run.batch, dropout: false, efficient: false, quantized: false },
+  };
+}
+
+function denseLora(run, parameters) {
+  const base = { dense: run.batch.computeBytes * parameters };
+  const { adapters, optimizer } = run.held;
+  const batch = { ...run.batch, quantized: false };
+  return { ...run, held: { ...base, adapters, optimizer }, loading: base, batch };
+}
+
+// From here on: what minilora.plan finds in a model, of the shapes in minilora/reports/shapes.py.
+
+// [model_type, hidden, width, layers, heads, heads of the keys, vocabulary, tied embeddings, size of a head]
 const SHAPES = {
   "llama-7b": ["llama", 4096, 11008, 32, 32, 32, 32000, false],
   "llama-13b": ["llama", 5120, 13824, 40, 40, 40, 32000, false],
@@ -41,155 +161,100 @@ const SHAPES = {
   "qwen3-32b": ["qwen3", 5120, 25600, 64, 64, 8, 151936, false, 128],
 };
 
-// The bytes of n weights in NF4: 4 bits per weight, 8 per block of 64, 32 per group of 256 blocks.
-function nf4Bytes(n) {
-  const blocks = Math.ceil(n / 64);
-  return Math.ceil(n / 2) + blocks + 4 * Math.ceil(blocks / 256) + 4;
-}
-
+// The sizes of a named model; linear has the [out, in] of the linear layers in each block.
 function decoder(name) {
-  const [kind, H, I, L, heads, keyHeads, V, tied, head = H / heads] = SHAPES[name];
-  const [A, K] = [heads * head, keyHeads * head];
-  const linear = [[A, H], [K, H], [K, H], [H, A], [I, H], [I, H], [H, I]]; // [out, in], in each block
+  const [kind, hidden, width, layers, heads, keyHeads, vocabulary, tied, head = hidden / heads] = SHAPES[name];
+  const [attention, keys] = [heads * head, keyHeads * head];
+  const toQueriesKeysValues = [[attention, hidden], [keys, hidden], [keys, hidden]];
+  const mlp = [[width, hidden], [width, hidden], [hidden, width]];
+  const linear = [...toQueriesKeysValues, [hidden, attention], ...mlp];
 
-  // Biases of queries, keys and values; norms of queries and keys.
-  const biases = kind === "qwen2" ? A + 2 * K : 0;
-  const headNorms = kind === "qwen3" ? 2 * head : 0;
-  const weights = sum(linear.map(([out, into]) => out * into));
-  const others = L * (2 * H + biases + headNorms) + H + (tied ? 1 : 2) * V * H;
-  const norms = 2 * H + (kind === "qwen3" ? A + K : 0);
-  const vectors = 2 + (kind === "qwen3" ? heads + keyHeads : 0);
-  return { H, I, L, heads, A, K, V, linear, norms, vectors, others, parameters: L * weights + others };
+  // Norms of queries and keys, head by head.
+  const byHead = kind === "qwen3";
+  const norms = 2 * hidden + (byHead ? attention + keys : 0);
+  const vectors = 2 + (byHead ? heads + keyHeads : 0);
+
+  const biases = kind === "qwen2" ? attention + 2 * keys : 0;
+  const perBlock = 2 * hidden + biases + (byHead ? 2 * head : 0);
+  const notLinear = layers * perBlock + hidden + (tied ? 1 : 2) * vocabulary * hidden;
+  const parameters = layers * sum(linear.map(([out, into]) => out * into)) + notLinear;
+  return { hidden, layers, heads, attention, keys, width, vocabulary, norms, vectors, linear, notLinear, parameters };
 }
 
-const sum = (numbers) => numbers.reduce((total, n) => total + n, 0);
-
-function keptPerBlock(d, adapters, run) {
-  const { c, efficient, dropout } = run;
-  const inputs = adapters.inputs - (efficient ? 0 : adapters.output);
-  return {
-    norms: keptByNorms(d.norms, d.vectors, run),
-    attention: c * (d.A + 2 * d.K) + (efficient ? 0 : c * d.A + FLOAT * d.heads),
-    MLP: (efficient ? 2 : 3) * c * d.I,
-    adapters: c * (dropout ? 2 * adapters.dropped : inputs) + c * adapters.ranks,
-  };
-}
-
-function keptByNorms(values, vectors, { c, efficient }) {
-  return efficient ? c * values + FLOAT * vectors : FLOAT * values;
-}
-
-function logitsBytes(d, { c, efficient, batchSize, length }) {
-  const M = batchSize * length;
-  if (!efficient) return 3 * FLOAT * M * d.V;
-  const chunk = Math.min(M, Math.max(64, Math.min(512, Math.floor(2 ** 24 / d.V))));
-  return c * chunk * d.V + FLOAT * Math.min(2 ** 20, chunk * d.V) + 2 * c * M * d.H;
-}
-
-function activationBytes(d, adapters, run) {
-  const { c } = run;
-  const M = run.batchSize * run.length;
-  const blockInput = M * c * d.H;
-  const copies = c < FLOAT ? Math.floor((c * adapters.parameters) / d.L) : 0;
-  const block = M * sum(Object.values(keptPerBlock(d, adapters, run))) + copies;
-
-  const inMLP = M * c * ((run.efficient ? 4 : 3) * d.I + d.H - (run.dropout ? 2 : 1) * adapters.product);
-  const norm = M * keptByNorms(d.H, 1, run);
-  const inNorm = M * d.H * (run.efficient ? 3 : 5) * FLOAT;
-
-  if (run.checkpointing) {
-    const inputs = d.L * blockInput;
-    const backward = inputs + Math.max(norm + inNorm, block + inMLP);
-    return { forward: inputs + norm, backward, lastBlock: blockInput + block - norm + inMLP };
-  }
-  const blocks = d.L * block - norm;
-  const backward = blocks + Math.max(norm + inNorm, inMLP);
-  return { forward: blocks + norm, backward, lastBlock: block - norm + inMLP };
-}
-
-// What each method holds: the weights, what is trained, and what the adapters keep of a token.
-function held(d, run) {
-  const { c, r } = run;
-  if (run.method === "full") {
-    const weights = c * d.parameters;
-    const inputs = 2 * d.H + d.A + d.I + d.norms;
-    return {
-      base: { dense: weights },
-      trained: {},
-      gradients: weights,
-      reading: 0,
-      trainable: d.parameters,
-      adapters: { parameters: 0, ranks: 0, inputs, output: d.A, product: d.I, dropped: 0 },
-    };
-  }
+// A QLoRA run with adapters of rank r on all linear layers.
+function qlora(settings) {
+  const d = decoder(settings.model);
+  const { r, c } = settings;
   const sizes = d.linear.map(([out, into]) => out * into);
-  const parameters = d.L * sum(d.linear.map(([out, into]) => r * (out + into)));
-  const quantized = run.method === "qlora";
+  const parameters = d.layers * sum(d.linear.map(([out, into]) => r * (out + into)));
+
+  const base = { quantized: d.layers * sum(sizes.map(nf4Bytes)), dense: c * d.notLinear };
   const largest = c * Math.max(...sizes);
+  const reading = Math.min(c * d.layers * sum(sizes), Math.max(READ_WINDOW, largest));
+  const gradients = FLOAT * parameters;
+  const optimizer = settings.pagedOptimizer ? 0 : 2 * gradients;
   return {
-    base: quantized
-      ? { quantized: d.L * sum(sizes.map(nf4Bytes)), dense: c * d.others }
-      : { dense: c * d.parameters },
-    trained: { adapters: FLOAT * parameters },
-    gradients: FLOAT * parameters,
-    reading: quantized ? Math.min(c * d.L * sum(sizes), Math.max(READ_WINDOW, largest)) : 0,
-    trainable: parameters,
+    held: { ...base, adapters: FLOAT * parameters, optimizer },
+    gradients,
+    loading: { ...base, reading },
+    decoder: d,
     adapters: {
       parameters,
-      ranks: 7 * r,
-      inputs: 2 * d.H + d.A + d.I,
-      output: d.A,
-      product: d.I,
+      ranks: d.linear.length * r,
+      inputs: 2 * d.hidden + d.attention + d.width,
+      output: d.attention,
+      product: d.width,
       dropped: sum(d.linear.map(([, into]) => into)),
     },
+    batch: {
+      size: settings.batchSize,
+      length: settings.length,
+      checkpointing: settings.checkpointing,
+      dropout: settings.dropout,
+      computeBytes: c,
+      efficient: settings.efficient,
+      quantized: true,
+    },
+    accumulate: settings.accumulate,
   };
 }
+
+const METHODS = {
+  qlora: (run) => run,
+  lora: denseLora,
+  full: fullFinetuning,
+};
 
 /**
  * The memory of a run, in bytes.
  *
- * @param settings {model, method: "qlora" | "lora" | "full", r, batchSize, length, checkpointing,
- *   dropout, accumulate, pagedOptimizer, efficient, c}
+ * @param settings {model, method: a key of METHODS, r, batchSize, length, checkpointing, dropout,
+ *   accumulate, pagedOptimizer, efficient, c: bytes of a number in the compute dtype}
  * @returns {parameters, trainable, phases: phase -> kind -> bytes, phase: the one that needs the
  *   most, peak: its bytes}
  */
 function memory(settings) {
-  // Layers in NF4 keep no dropout masks; full fine-tuning has transformers' modules and loss.
-  const dropout = settings.dropout && settings.method === "lora";
-  const run = { ...settings, dropout, efficient: settings.efficient && settings.method !== "full" };
-  const d = decoder(run.model);
-  const { base, trained, gradients, reading, trainable, adapters } = held(d, run);
-  const activations = activationBytes(d, adapters, run);
-  const logits = logitsBytes(d, run);
+  const adapted = qlora(settings);
+  const { parameters } = adapted.decoder;
+  const trainable = settings.method === "full" ? parameters : adapted.adapters.parameters;
 
-  const optimizer = run.pagedOptimizer ? 0 : 2 * gradients;
-  const always = { ...base, ...trained, optimizer };
-  const earlier = run.accumulate ? gradients : 0;
-  const later = Math.max(earlier, gradients - Math.floor(gradients / d.L));
-  const firstBlock = { gradients: earlier, activations: activations.backward };
-  const lastBlock = { gradients: later, activations: activations.lastBlock };
-  const total = (kinds) => sum(Object.values(kinds));
-
-  const phases = {
-    loading: { ...base, reading },
-    loss: { ...always, gradients: earlier, activations: activations.forward, logits },
-    backward: { ...always, ...(total(firstBlock) >= total(lastBlock) ? firstBlock : lastBlock) },
-    step: { ...always, gradients },
-  };
-  for (const kinds of Object.values(phases)) {
-    for (const kind of Object.keys(kinds)) if (!kinds[kind]) delete kinds[kind];
-  }
-  const names = Object.keys(phases);
-  const phase = names.reduce((most, name) => (total(phases[name]) > total(phases[most]) ? name : most));
-  return { parameters: d.parameters, trainable, phases, phase, peak: total(phases[phase]) };
+  const found = phases(METHODS[settings.method](adapted, parameters));
+  const names = Object.keys(found);
+  const phase = names.reduce((most, name) => (total(found[name]) > total(found[most]) ? name : most));
+  return { parameters, trainable, phases: found, phase, peak: total(found[phase]) };
 }
 
-// The largest batch size that fits so many bytes, up to 1024; 0: not even one sequence.
-function largestBatch(run, bytes) {
-  let [low, high] = [0, 1025];
+// As in minilora/reports/fitting.py: of a GPU's memory, what a run cannot use, and a batch that is
+// large enough for everyone.
+const RESERVED = 1e9;
+const LARGEST_BATCH = 1024;
+
+// The largest batch size that fits so many bytes; 0: not even one sequence.
+function largestBatch(settings, bytes) {
+  let [low, high] = [0, LARGEST_BATCH + 1];
   while (high - low > 1) {
     const middle = Math.floor((low + high) / 2);
-    if (memory({ ...run, batchSize: middle }).peak <= bytes - RESERVED) low = middle;
+    if (memory({ ...settings, batchSize: middle }).peak <= bytes - RESERVED) low = middle;
     else high = middle;
   }
   return low;

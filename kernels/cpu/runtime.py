@@ -70,7 +70,8 @@ def name_for_cache(function: Callable[..., Any]) -> None:
     holds it, not of the files that its helpers come from. So the function's name gets a digest of
     all of them.
     """
-    function.__qualname__ += f"_{_SOURCES}"
+    # Once, also if compiling it fails and is tried again.
+    function.__qualname__ = f"{function.__name__}_{_SOURCES}"
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

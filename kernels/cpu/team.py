@@ -118,6 +118,11 @@ def compiled(function: Callable[..., None], signature: Any = _KERNEL) -> Any:
         return numba.cfunc(signature, **options)(function)
 
 
+@functools.cache
+def _address_of_share() -> int:
+    return int(compiled(_share, types.void(types.intp)).address)
+
+
 def run(
     function: Callable[..., None],
     call: ctypes.Structure,
@@ -137,5 +142,4 @@ def run(
         runtime.run(kernel.ctypes, address, rows=(0, rows), grain=grain)
         return
     call.kernel = kernel.address
-    team = compiled(_share, types.void(types.intp))
-    _parallel(team.address, address, threads, 0)
+    _parallel(_address_of_share(), address, threads, 0)

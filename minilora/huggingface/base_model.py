@@ -26,6 +26,15 @@ def stored_in_4bit(source: str | Path, *, trust_remote_code: bool = False) -> bo
     return is_4bit(read_config(path, trust_remote_code, allow_4bit=True))
 
 
+def check_not_4bit(source: str | Path, stored: bool) -> None:
+    """Raises ValueError if a model that has to be a dense base is stored in 4 bits."""
+    if stored:
+        raise ValueError(
+            f"{source} is stored in 4 bits and cannot be a dense base: leave out quantize=False "
+            "(--no-quantize), or give the model that it was made from"
+        )
+
+
 def load_base(
     source: str | Path,
     *,
@@ -55,11 +64,8 @@ def load_base(
     """
     device = device or torch.device("cpu")
     stored = stored_in_4bit(source, trust_remote_code=trust_remote_code)
-    if stored and dense:
-        raise ValueError(
-            f"{source} is stored in 4 bits and cannot be a dense base: leave out quantize=False "
-            "(--no-quantize), or give the model that it was made from"
-        )
+    if dense:
+        check_not_4bit(source, stored)
     if quantize is None and not stored:
         return load_dense(source, device=device, trust_remote_code=trust_remote_code)
 

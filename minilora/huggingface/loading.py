@@ -21,8 +21,10 @@ from minilora.huggingface.model_folder import (
     check_architecture,
     check_weights,
     has_weights,
+    is_4bit,
     read_config,
 )
+from minilora.huggingface.quantized_folder import quantize_empty
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -135,12 +137,15 @@ def load_config(
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def empty_model(source: Any, *, trust_remote_code: bool = False) -> nn.Module:
+def empty_model(
+    source: Any, *, trust_remote_code: bool = False, allow_4bit: bool = False
+) -> nn.Module:
     """Returns a causal language model on the meta device: all its layers, and no weights.
 
     Args:
         source: a transformers config; or a folder or hub id, of which only the config is read.
         trust_remote_code: as for `load_dense`.
+        allow_4bit: see `read_config`. What is stored in 4 bits is then an `NF4Linear`.
 
     Raises:
         ValueError: transformers has no causal language model for the config.
@@ -154,11 +159,13 @@ def empty_model(source: Any, *, trust_remote_code: bool = False) -> nn.Module:
             model = AutoModelForCausalLM.from_config(source, **trust)
         return model
 
-    contents = read_config(Path(source), trust_remote_code)
+    contents = read_config(Path(source), trust_remote_code, allow_4bit=allow_4bit)
     with named_errors(source), torch.device("meta"):
         config = AutoConfig.from_pretrained(source, **trust)
         model = AutoModelForCausalLM.from_config(config, **trust)
         check_architecture(contents, model)
+        if is_4bit(contents):
+            quantize_empty(model, contents["quantization_config"])
     return model
 
 

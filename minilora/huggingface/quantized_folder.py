@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora import ops
 from minilora.files.atomic import atomic_folder
 from minilora.files.bitsandbytes import from_tensors, quantized_layers, to_tensors
 from minilora.files.tensors import read_tensors
 from minilora.layers import NF4Linear
-from minilora.nf4 import PARTS
-from minilora.targets import adapter_names
+from minilora.nf4 import PARTS, NF4Weight
+from minilora.targets import adapter_names, linear_layers
 
 # The state of an NF4Linear that a 4-bit weight is made of.
 _OWN_KEYS = (*PARTS, "nf4_layout")
@@ -138,6 +139,35 @@ def quantization_config_of(model: nn.Module) -> dict[str, Any]:
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": _dense_layers(model, layers),
     }
+
+
+def quantize_empty(model: Any, config: Mapping[str, Any]) -> None:
+    """Puts 4-bit layers without values where a `quantization_config` says that the files have them.
+
+    Their bytes are those of the files, with blocks of 64 weights: bitsandbytes' default, of which
+    the config says nothing.
+
+    Args:
+        model: a transformers model on the meta device.
+        config: what `quantization_config_of` returns, or transformers with bitsandbytes writes.
+    """
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    skipped = HfQuantizer.get_modules_to_not_convert(
+        model, config.get("llm_int8_skip_modules"), model._keep_in_fp32_modules
+    )
+    quant_type = config.get("bnb_4bit_quant_type", "fp4")
+    for name, layer in linear_layers(model).items():
+        if not should_convert_module(name, skipped):
+            continue
+        dense = layer.weight
+        packed, absmax = ops.quantize(dense, 64, quant_type)
+        scales = absmax, None, None
+        if config.get("bnb_4bit_use_double_quant"):
+            scales = ops.double_quantize(absmax)
+        weight = NF4Weight(packed, *scales, dense.shape, dense.dtype, 64, quant_type)
+        model.set_submodule(name, NF4Linear(weight, layer.bias))
 
 
 def _quantized(model: nn.Module) -> Iterator[tuple[str, NF4Linear]]:

@@ -1,19 +1,28 @@
 """An output head that is applied to a chunk of tokens at a time, and its gradients."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from minilora.losses.softmax import softmax_cross_entropy_
 
-# Words of the vocabulary whose gradient is summed at once.
-_WORDS = 4096
+# Rows of the weight's gradient that are summed at once.
+_ROWS = 4096
+
+
+class Options(NamedTuple):
+    """How the loss follows from the logits; the arguments of `linear_cross_entropy`."""
+
+    ignore_index: int
+    scale: float
+    softcap: float | None
+    chunk: int
 
 
 class Head(Protocol):
-    """What `losses_by_chunks` needs of an output head.
+    """What `losses_in_chunks` needs of an output head.
 
     Attributes:
         gradient: whether gradients are asked for, and the logits have one.
@@ -28,38 +37,31 @@ class Head(Protocol):
         """Returns the gradient of the last chunk from that of its logits; adds up the head's."""
 
 
-def losses_by_chunks(
-    head: Head,
-    hidden: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int,
-    scale: float,
-    softcap: float | None,
-    chunk: int,
+def losses_in_chunks(
+    head: Head, hidden: Tensor, labels: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Returns the loss of each token [N], and the gradient of their sum with respect to `hidden`.
 
-    Tokens that are left out have zeros, and do not pass the head.
+    Tokens that are ignored have zeros, and never reach the head.
 
     Args:
         head: the output head; it holds its own gradients afterwards.
         hidden: [N, H].
         labels: [N].
-        ignore_index, scale, softcap: as of `linear_cross_entropy`.
-        chunk: most tokens at a time.
 
     Without gradients (`Head.gradient`) that of `hidden` is empty, or zeros.
     """
-    losses = hidden.new_zeros(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    losses = hidden.new_zeros(len(labels), dtype=wide)
     dhidden = torch.zeros_like(hidden) if head.gradient else hidden.new_empty(0)
 
-    kept = (labels != ignore_index).nonzero()[:, 0]
+    kept = (labels != options.ignore_index).nonzero()[:, 0]
     # Chunks of equal size: a short last one would read the whole weight too.
-    chunks = -(-len(kept) // chunk)
+    chunks = -(-len(kept) // options.chunk)
     for rows in kept.tensor_split(chunks) if chunks else ():
         z = head.logits(hidden[rows])
-        losses[rows] = softmax_cross_entropy_(z, labels[rows], scale, softcap).to(losses.dtype)
+        found = softmax_cross_entropy_(z, labels[rows], options.scale, options.softcap)
+        losses[rows] = found.to(losses.dtype)
         if head.gradient:
             dhidden[rows] = head.backward(z).to(hidden.dtype)
         del z
@@ -91,11 +93,11 @@ class WeightHead:
     ) -> None:
         self.weight, self.bias, self.gradient = weight, bias, gradient
         wide = torch.promote_types(weight.dtype, torch.float32)
-        words = len(weight)
+        V = len(weight)
         self.dW = torch.zeros_like(weight, dtype=wide) if needs_dW else weight.new_empty(0)
-        self.db = weight.new_zeros(words if needs_db else 0, dtype=wide)
+        self.db = weight.new_zeros(V if needs_db else 0, dtype=wide)
         # One buffer for all chunks: new memory would be mapped page by page.
-        self._z = weight.new_empty(rows, words)
+        self._z = weight.new_empty(rows, V)
 
     def logits(self, h: Tensor) -> Tensor:
         self._h, z = h, self._z[: len(h)]
@@ -111,13 +113,13 @@ class WeightHead:
         return g @ self.weight
 
     def _add_product(self, g: Tensor) -> None:
-        """dW += g^T h; where g is in 16 bits, for some words at a time, as it is in 32."""
+        """dW += g^T h. With g in 16 bits, a few rows at a time, since the product is then new."""
         if self.dW.dtype == g.dtype:
             self.dW.addmm_(g.T, self._h)
             return
-        parts = zip(torch.split(self.dW, _WORDS), torch.split(g, _WORDS, dim=1), strict=True)
-        for dW, columns in parts:
-            dW += columns.T @ self._h
+        for start in range(0, len(self.dW), _ROWS):
+            some = slice(start, start + _ROWS)
+            self.dW[some] += g[:, some].T @ self._h
 
 
 class LayerHead:
@@ -133,7 +135,10 @@ class LayerHead:
     """
 
     def __init__(
-        self, layer: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], gradient: bool
+        self,
+        layer: Callable[[Tensor], Tensor],
+        parameters: Sequence[Tensor],
+        gradient: bool,
     ) -> None:
         self.layer, self.parameters, self.gradient = layer, parameters, gradient
         wide = [torch.promote_types(p.dtype, torch.float32) for p in parameters]
@@ -144,13 +149,25 @@ class LayerHead:
         self._h = h.detach().requires_grad_(self.gradient)
         with torch.set_grad_enabled(self.gradient):
             z = self.layer(self._h)
+        self._check(z)
         # A layer may detach what it returns.
         self.gradient = z.requires_grad
         if not self.gradient:
             return z
-        # Overwritten is a copy, since the layer may need its output in the backward.
+        # The caller overwrites a copy, since the layer may need its output in the backward.
         self._z = z
         return z.detach().clone()
+
+    def _check(self, z: object) -> None:
+        rows, name = len(self._h), type(self.layer).__name__
+        if not isinstance(z, Tensor) or not z.is_floating_point():
+            kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
+            raise TypeError(f"the head {name} returned {kind}: it must return logits [n, V]")
+        if z.dim() != 2 or len(z) != rows:
+            raise ValueError(
+                f"the head {name} returned {tuple(z.shape)} for {tuple(self._h.shape)}: it must "
+                f"return logits [n, V] = [{rows}, V]"
+            )
 
     def backward(self, g: Tensor) -> Tensor:
         inputs = (self._h, *self.parameters)

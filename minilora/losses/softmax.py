@@ -4,7 +4,7 @@ r"""The cross-entropy of a few rows of logits, and its gradient in their place.
     loss = log sum_v exp f_v - f_y
     dloss/dz = (p - onehot(y)) f'(z)    p = softmax(f), f'(z) = a (1 - tanh^2(a z / c))
 
-Dimension letters: N tokens, V words of the vocabulary.
+Dimension letters: N tokens, V vocabulary size.
 """
 
 import torch
@@ -15,7 +15,10 @@ _BLOCK = 2**20
 
 
 def softmax_cross_entropy_(
-    logits: Tensor, labels: Tensor, scale: float = 1.0, softcap: float | None = None
+    logits: Tensor,
+    labels: Tensor,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     r"""Returns the loss of each row; afterwards `logits` holds the gradient of their sum.
 
@@ -29,7 +32,7 @@ def softmax_cross_entropy_(
         gradient is rounded once.
 
     Raises:
-        ValueError: a label is no row of the vocabulary.
+        ValueError: a label is outside the vocabulary.
 
     Example:
         >>> z = torch.zeros(2, 4)
@@ -39,16 +42,12 @@ def softmax_cross_entropy_(
         tensor([[-0.7500,  0.2500,  0.2500,  0.2500],
                 [ 0.2500, -0.7500,  0.2500,  0.2500]])
     """
-    words = logits.shape[-1]
-    _check_labels(labels, words)
+    V = logits.shape[-1]
+    _check_labels(labels, V)
 
     on_cpu = logits.device.type == "cpu"
-    rows = max(1, _BLOCK // words) if on_cpu else max(1, len(logits))
-    blocks = zip(
-        torch.split(logits, rows),
-        torch.split(labels, rows),
-        strict=True,
-    )
+    rows = max(1, _BLOCK // V) if on_cpu else max(1, len(logits))
+    blocks = zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
     losses = [_block(z, y, scale, softcap) for z, y in blocks]
     return torch.cat(losses)
 
@@ -56,7 +55,7 @@ def softmax_cross_entropy_(
 def _block(z: Tensor, y: Tensor, scale: float, softcap: float | None) -> Tensor:
     """The function above for a few rows, in which each line is one pass over z."""
     wide = torch.promote_types(z.dtype, torch.float32)
-    right = y[:, None]
+    target = y[:, None]
 
     f = z.to(wide)
     if scale != 1.0:
@@ -70,12 +69,12 @@ def _block(z: Tensor, y: Tensor, scale: float, softcap: float | None) -> Tensor:
 
     # log sum_v exp f_v = max f - log max p, since max p = exp(max f) / sum_v exp f_v.
     highest = f.amax(-1)
-    f_right = f.gather(1, right).squeeze(1)
+    f_target = f.gather(1, target).squeeze(1)
     p = torch.softmax(f, -1, out=f)
-    losses = highest - p.amax(-1).log() - f_right
+    losses = highest - p.amax(-1).log() - f_target
 
-    minus_one = torch.full_like(right, -1.0, dtype=wide)
-    gradient = p.scatter_add_(1, right, minus_one)
+    minus_one = torch.full_like(target, -1.0, dtype=wide)
+    gradient = p.scatter_add_(1, target, minus_one)
     if slope is not None:
         gradient *= slope
     if scale != 1.0:
@@ -85,11 +84,11 @@ def _block(z: Tensor, y: Tensor, scale: float, softcap: float | None) -> Tensor:
     return losses
 
 
-def _check_labels(labels: Tensor, words: int) -> None:
+def _check_labels(labels: Tensor, V: int) -> None:
     lowest, highest = labels.aminmax()
     for label in (lowest.item(), highest.item()):
-        if not 0 <= label < words:
+        if not 0 <= label < V:
             raise ValueError(
-                f"label {label} is no word of a vocabulary of {words}: labels are 0 ... "
-                f"{words - 1}, or ignore_index for tokens that are left out"
+                f"label {label} is outside the vocabulary of {V}: labels are 0 ... {V - 1}, or "
+                "ignore_index for tokens that are ignored"
             )

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from minilora.huggingface.base_model import check_not_4bit
 from minilora.huggingface.bundled import DEMO_MODEL, bundled_model_folder
-from minilora.huggingface.model_folder import read_config
+from minilora.huggingface.model_folder import is_4bit, read_config
 from minilora.huggingface.provenance import decide_quantize
 from minilora.reports.fitting import LENGTHS, RANKS, fit, parse_memory
 from minilora.reports.planning import named_model, plan
-from minilora.reports.shapes import is_shape, naming_similar_shapes
+from minilora.reports.shapes import is_shape, suggesting_shapes
 
 
 @dataclass(frozen=True)
@@ -17,28 +19,28 @@ class DryRun:
     """The plan of a run of `finetune`; as text it is what `minilora plan` prints.
 
     Attributes:
-        model: Folder, hub id, 'smollm2' for the bundled demo model, or the name of a well-known
-            shape, such as llama-65b.
+        model: Folder or hub id (also one stored in 4 bits), 'smollm2' for the bundled demo model,
+            or the name of a well-known shape, such as llama-65b.
         r: Rank of the adapters.
         targets: Layers that get an adapter: 'all-linear' or names of layers; on the command line
             separated by commas (q_proj,v_proj).
         quantize: Quantize the base model to 4-bit NormalFloat (QLoRA); otherwise plain LoRA
             (default: quantize; for a merged model, choose explicitly).
         batch_size: Number of sequences per forward pass; with --length, activations and logits
-            count too.
+            are counted too.
         length: Number of tokens per sequence.
         checkpointing: Gradient checkpointing: less memory, more time, the same results (default:
             on for a quantized model).
         dropout: Dropout probability on the adapters' input.
-        gpu: Memory of a GPU, such as 24GB: show the largest batch that fits, for several ranks and
-            lengths or for the length given.
+        gpu: Memory of a GPU, such as 24GB: show the largest batch size that fits, for several
+            ranks, and for several lengths or the given one.
         trust_remote_code: Allow code in the model's folder to be executed.
 
     Example:
         >>> print(DryRun("smollm2-135m", gpu="2GB", length=1024))  # doctest: +ELLIPSIS
         smollm2-135m: 134,515,008 parameters, 4,884,480 trainable (3.63%)
         ...
-        largest batch in 2.00 GB, with gradient checkpointing
+        largest batch size in 2.00 GB, with gradient checkpointing
         ...
     """
 
@@ -57,13 +59,16 @@ class DryRun:
         """Raises ValueError for what `plan` does, and if `gpu` is not an amount of memory."""
         memory = None if self.gpu is None else parse_memory(self.gpu)
         source = bundled_model_folder() if self.model == DEMO_MODEL else self.model
-        with naming_similar_shapes(source):
-            contents = {} if is_shape(source) else read_config(source, self.trust_remote_code)
+        contents = self._config(source)
+        stored = is_4bit(contents)
         quantized = decide_quantize(self.quantize, contents, self.model)
+        if not quantized:
+            check_not_4bit(self.model, stored)
         name, empty = named_model(source, self.trust_remote_code)
         options: dict[str, Any] = {
             "targets": self.targets,
-            "quantize": "all-linear" if quantized else False,
+            # What is stored in 4 bits is trained as it is.
+            "quantize": "all-linear" if quantized and not stored else False,
             "checkpointing": self.checkpointing,
             "dropout": self.dropout,
         }
@@ -80,3 +85,10 @@ class DryRun:
         ranks = sorted({self.r, *RANKS})
         plans = [plan(empty, rank, batch_size=1, length=lengths[0], **options) for rank in ranks]
         return f"{shown}\n{fit(plans, memory, lengths)}"
+
+    def _config(self, source: Any) -> dict[str, Any]:
+        """The contents of the model's config.json; {} for a shape."""
+        if is_shape(source) and not Path(source).is_dir():
+            return {}
+        with suggesting_shapes(source):
+            return read_config(source, self.trust_remote_code, allow_4bit=True)

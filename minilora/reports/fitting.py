@@ -91,11 +91,13 @@ class Fit:
             rows.append((f"r={r}", *map(_shown, batches)))
 
         how = "with" if self.checkpointing else "without"
-        title = f"largest batch in {format_bytes(self.memory)}, {how} gradient checkpointing"
-        below = [f"{format_bytes(RESERVED)} of it left for the GPU's context and fragmentation"]
+        title = f"largest batch size in {format_bytes(self.memory)}, {how} gradient checkpointing"
+        below = [f"{format_bytes(RESERVED)} of it is kept for the GPU's context and fragmentation"]
         if not any(self.batches.values()):
             needed = format_bytes(self.smallest + RESERVED)
-            below.append(f"nothing fits: the smallest of these runs needs {needed}")
+            below.append(f"nothing fits: the smallest of these runs needs a GPU of {needed}")
+        elif not all(self.batches.values()):
+            below.append("-: not even one sequence fits")
         head = ("tokens", *map(str, lengths))
         return Table(title, head, tuple(rows), tuple(below))
 

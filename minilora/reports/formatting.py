@@ -14,4 +14,5 @@ def format_bytes(n: float) -> str:
         n /= 1000
         if n < 1000:
             return f"{n:.1f} {unit}"
-    return f"{n / 1000:.2f} GB"
+    n /= 1000
+    return f"{n:.2f} GB" if n < 1000 else f"{n / 1000:,.2f} TB"

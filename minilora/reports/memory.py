@@ -1,18 +1,18 @@
 r"""How much memory a training step needs: the formulas behind `plan`.
 
-    held        the base, the adapters, the optimizer's states: as long as the run lasts
-    activations what the forward pass keeps for the backward: proportional to the tokens
-    logits      what the loss needs on top, until its gradient is known
-    gradients   from the backward pass to the optimizer's step
+    held         the base, the adapters, the optimizer's states: as long as the run lasts
+    activations  what the forward pass keeps for the backward pass: proportional to the tokens
+    logits       what the loss needs in addition, until its gradient is known
+    gradients    from the backward pass to the optimizer's step
 
 They are not all alive at once, so `Run.phases` counts each phase on its own, and a run needs
 the largest of them. The weights are counted from a model's own layers; activations are a sum over
 the terms of `kept_per_block`, which follow the code of transformers' modules and of
-minilora/functional.py one by one. What is not counted: the padding of a caching allocator, a GPU's
-context, and what a library reserves for itself.
+minilora/functional.py one by one. Not counted are the padding of a caching allocator, a GPU's
+context, and what libraries reserve for themselves.
 
-docs/javascripts/memory.js has the same formulas for the calculator of the documentation, and
-tests/reports/test_calculator.py compares the two.
+docs/javascripts/memory.js has the same functions in the same order, for the calculator of the
+documentation; tests/reports/test_calculator.py compares their results.
 
 Sizes per token: H hidden, A all heads of the queries, K all heads of the keys, I the MLP's width,
 V vocabulary; L blocks, r rank, c bytes of a number in the compute dtype.
@@ -122,11 +122,11 @@ class Batch:
         size: number of sequences.
         length: tokens per sequence.
         checkpointing: gradient checkpointing: only the inputs of the blocks are kept.
-        dropout: whether the adapters have dropout and keep its masks, which those of NF4 layers
-            draw again in the backward pass.
+        dropout: whether the adapters have dropout.
         compute_bytes: c, bytes of a number in the dtype of the activations.
         efficient: the training step of `finetune`, with norms and MLPs that keep less and a loss in
             chunks. Otherwise the modules and the loss of transformers.
+        quantized: whether the base is in NF4.
     """
 
     size: int
@@ -135,11 +135,17 @@ class Batch:
     dropout: bool
     compute_bytes: int
     efficient: bool
+    quantized: bool = False
 
     @property
     def tokens(self) -> int:
         """M, the number of tokens."""
         return self.size * self.length
+
+    @property
+    def keeps_masks(self) -> bool:
+        """Whether dropout's masks are kept: NF4 layers draw them again in the backward pass."""
+        return self.dropout and not self.quantized
 
 
 def kept_per_block(d: Decoder, a: Adapters, batch: Batch) -> dict[str, int]:
@@ -155,15 +161,12 @@ def kept_per_block(d: Decoder, a: Adapters, batch: Batch) -> dict[str, int]:
     # gate and up, and of transformers' modules act(gate); or what the activation is applied to.
     factors = (2 if batch.efficient else 3) if d.gated else 1
 
-    # Queries, keys and values. PyTorch's attention also keeps its output, which then is the input
-    # of the next layer as well, and a float32 of the softmax for each head.
-    attention = c * (d.attention + 2 * d.keys)
-    inputs = a.inputs
-    if not batch.efficient:
-        attention += c * d.attention + FLOAT * d.heads
-        inputs -= a.output
+    # Queries, keys, values and output, which is the input of the next layer as well, and a float32
+    # of the softmax for each head.
+    attention = c * (2 * d.attention + 2 * d.keys) + FLOAT * d.heads
+    inputs = a.inputs - a.output
 
-    if batch.dropout:
+    if batch.keeps_masks:
         # Each layer's drop(x), and its mask.
         inputs = 2 * a.dropped
 
@@ -231,7 +234,7 @@ def activation_bytes(d: Decoder, a: Adapters, batch: Batch) -> Activations:
     # Gradients of the product and of both factors, and of the block's output; in an efficient step
     # act(gate) once more. What the last layer has kept is gone by then.
     widths = 4 if batch.efficient and d.gated else 3
-    gone = 2 * a.product if batch.dropout else a.product
+    gone = 2 * a.product if batch.keeps_masks else a.product
     in_mlp = M * c * (widths * d.width + d.hidden - gone)
     # What a norm keeps of x; n or x^2 and gradients, in float32. A LayerNorm's kernel needs dx.
     norm = M * _kept_by_norms(d.hidden, 1, d, batch)
@@ -307,9 +310,11 @@ def full_finetuning(run: Run, parameters: int) -> Run:
     """
     d = run.decoder
     weights = run.batch.compute_bytes * parameters
+    # A paged optimizer has its states in host memory.
+    states = 2 * weights if run.held["optimizer"] else 0
     return replace(
         run,
-        held={"dense": weights, "optimizer": 2 * weights},
+        held={"dense": weights, "optimizer": states},
         gradients=weights,
         loading={"dense": weights},
         adapters=Adapters(
@@ -320,7 +325,7 @@ def full_finetuning(run: Run, parameters: int) -> Run:
             product=d.width,
             dropped=0,
         ),
-        batch=replace(run.batch, dropout=False, efficient=False),
+        batch=replace(run.batch, dropout=False, efficient=False, quantized=False),
     )
 
 
@@ -328,4 +333,5 @@ def dense_lora(run: Run, parameters: int) -> Run:
     """Returns the run with the same adapters on a base that is not quantized, for comparison."""
     base = {"dense": run.batch.compute_bytes * parameters}
     rest = {kind: run.held[kind] for kind in ("adapters", "optimizer")}
-    return replace(run, held={**base, **rest}, loading=base)
+    batch = replace(run.batch, quantized=False)
+    return replace(run, held={**base, **rest}, loading=base, batch=batch)

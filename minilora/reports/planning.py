@@ -21,7 +21,7 @@ from minilora.reports.memory import READ_WINDOW, Batch, Run
 from minilora.reports.memory import nf4_bytes as nf4_bytes
 from minilora.reports.plans import Plan as Plan
 from minilora.reports.plans import Row as Row
-from minilora.reports.shapes import is_shape, naming_similar_shapes, shape_config
+from minilora.reports.shapes import is_shape, shape_config, suggesting_shapes
 from minilora.surgery import Pattern
 from minilora.targets import (
     Targets,
@@ -33,6 +33,9 @@ from minilora.targets import (
     unreached_matrices,
 )
 from minilora.whole import select_parameters
+
+# No batch is larger: more is a mistake in typing.
+LARGEST = 10**9
 
 
 def plan(
@@ -62,16 +65,17 @@ def plan(
 ) -> Plan:
     """Returns what `quantize` and `inject` would do with these arguments, and the memory of a run.
 
-    With a batch size and a length, activations and logits count too, and the plan says which phase
-    of a run needs the most: loading, the loss, the backward pass or the optimizer's step.
+    With a batch size and a length, the plan also counts activations and logits, and says which
+    phase of a run needs the most memory: loading, the loss, the backward pass or the optimizer's
+    step.
 
     Nothing is changed. Matrices that neither of the two reaches, such as the experts of a mixture,
     are counted and warned of.
 
     Args:
         model: a module on any device, the meta device included; a transformers config; a folder or
-            hub id, of which only the config is read; or the name of a well-known shape, as
-            "llama-65b" (see minilora/reports/shapes.py).
+            hub id, of which only the config is read, and which may be stored in 4 bits; or the name
+            of a well-known shape, such as "llama-65b" (see minilora/reports/shapes.py).
         r, alpha, targets, exclude, train_also, strict: as for `inject`.
         rank_pattern, alpha_pattern, layers_to_transform, lora_bias: as for `inject`.
         quantize: True: what `targets` and `exclude` mean is in NF4. False: the base stays as it is.
@@ -91,8 +95,9 @@ def plan(
 
     Raises:
         ValueError, TypeError: what `quantize` and `inject` would raise, such as a target that
-            matches nothing, or matrices outside of linear layers with strict=True. Also for a batch
-            of a model that is not a decoder of linear layers.
+            matches nothing, or matrices outside of linear layers with strict=True. Also if a batch
+            is given for a model that is not a decoder of linear layers, or one of its sizes is
+            missing or out of range.
 
     Example:
         >>> p = plan(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8)), r=4)
@@ -103,12 +108,13 @@ def plan(
         ('backward', 5.3)
     """
     check_format(block_size, "nf4")
+    _check_batch(batch_size, length, grad_accum)
     name, model = named_model(model, trust_remote_code)
 
     adapted = select_layers(model, targets, exclude)
     if layers_to_transform is not None:
         adapted = in_blocks(adapted, layers_to_transform)
-    ranks = _checked_ranks(model, adapted, r, alpha, rank_pattern, alpha_pattern)
+    ranks = _checked_ranks(model, adapted, r, alpha, dropout, rank_pattern, alpha_pattern)
     quantized_targets = targets if quantize is True else quantize
     to_quantize = _layers_to_quantize(model, quantized_targets, exclude)
     in_nf4 = to_quantize | _quantized_layers(model)
@@ -154,6 +160,23 @@ def plan(
     return found.with_run(run)
 
 
+def _check_batch(batch_size: Any, length: Any, grad_accum: Any) -> None:
+    """Raises ValueError unless there are such numbers of sequences, tokens and batches."""
+    given = {"batch_size": batch_size, "length": length, "grad_accum": grad_accum}
+    for name, n in given.items():
+        if n is None and name != "grad_accum":
+            continue
+        if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= LARGEST:
+            raise ValueError(f"{name}={n!r}: must be a whole number, 1 ... {LARGEST:,}")
+    if (batch_size is None) != (length is None):
+        alone, missing = ("batch_size", "length") if batch_size else ("length", "batch_size")
+        flag = missing.replace("_", "-")
+        raise ValueError(
+            f"{alone}={given[alone]} without {missing}: activations depend on both; give "
+            f"{missing} (--{flag}) as well, or neither"
+        )
+
+
 def _batch(
     model: nn.Module,
     size: int | None,
@@ -164,20 +187,17 @@ def _batch(
     efficient: bool,
 ) -> Batch | None:
     """The batch of a run. None: only what does not depend on it is planned."""
-    if size is None and length is None:
+    if size is None or length is None:
         return None
-    for name, n in (("batch_size", size), ("length", length)):
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"{name}={n}: give batch_size and length, whole numbers from 1")
-
     floats = [p for p in model.parameters() if p.is_floating_point()]
     return Batch(
-        size=size or 1,
-        length=length or 1,
+        size=size,
+        length=length,
         checkpointing=in_nf4 if checkpointing is None else checkpointing,
-        dropout=dropout > 0 and not in_nf4,
+        dropout=dropout > 0,
         compute_bytes=floats[0].element_size(),
         efficient=efficient,
+        quantized=in_nf4,
     )
 
 
@@ -218,6 +238,7 @@ def _checked_ranks(
     adapted: Mapping[str, Any],
     r: int,
     alpha: float | None,
+    dropout: float,
     rank_pattern: Mapping[Pattern, int] | None,
     alpha_pattern: Mapping[Pattern, float] | None,
 ) -> dict[str, int]:
@@ -228,7 +249,7 @@ def _checked_ranks(
     ranks = dict.fromkeys(adapted, r) | by_pattern(adapted, rank_pattern, "rank_pattern")
     alphas = by_pattern(adapted, alpha_pattern, "alpha_pattern")
     for name, rank in ranks.items():
-        check_options(rank, alphas.get(name, alpha), 0.0, name)
+        check_options(rank, alphas.get(name, alpha), dropout, name)
     return ranks
 
 
@@ -296,7 +317,7 @@ def named_model(source: Any, trust_remote_code: bool = False) -> tuple[str, nn.M
     if is_shape(source) and not Path(source).is_dir():
         return source, empty_model(shape_config(source))
 
-    with naming_similar_shapes(source):
-        model = empty_model(source, trust_remote_code=trust_remote_code)
+    with suggesting_shapes(source):
+        model = empty_model(source, trust_remote_code=trust_remote_code, allow_4bit=True)
     is_name = isinstance(source, str | os.PathLike)
     return str(source) if is_name else type(model).__name__, model

@@ -2,14 +2,15 @@
 
     minilora.plan("llama-65b", r=16)
 
-Each is what the model's public config.json says, on the Hugging Face hub under the names above the
-rows. The number of parameters is the one that the models' cards give; a test builds the shapes and
-compares.
+Each row is what the model's public config.json says; the comments above the rows give its name on
+the Hugging Face hub. A test builds every shape and compares its number of parameters with the
+published one.
 """
 
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 # Heads: of the queries, and of keys and values. Size of a head: "-" for hidden / heads. Tied: the
@@ -87,19 +88,28 @@ def is_shape(name: object) -> bool:
 
 
 def similar_shapes(name: str) -> list[str]:
-    """Returns the names of shapes that someone may have meant, the closest first."""
-    return difflib.get_close_matches(name.lower(), SHAPES, n=3, cutoff=0.7)
+    """Returns the shapes that someone may have meant by a name or a hub id, the closest first.
+
+    Example:
+        >>> similar_shapes("meta-llama/Meta-Llama-3-8B")
+        ['llama-3-8b']
+    """
+    name = name.lower().rpartition("/")[2]
+    return difflib.get_close_matches(name, SHAPES, n=3, cutoff=0.7)
 
 
 @contextmanager
-def naming_similar_shapes(source: object) -> Iterator[None]:
+def suggesting_shapes(source: object) -> Iterator[None]:
     """An error inside the block also names the shapes that the source may have meant."""
     try:
         yield
     except (ValueError, OSError) as error:
-        if isinstance(source, str) and (similar := similar_shapes(source)):
-            known = ", ".join(similar)
-            raise ValueError(f"{error} (shapes with such a name: {known})") from error
+        if not isinstance(source, str) or Path(source).exists():
+            raise
+        if similar := similar_shapes(source):
+            meant = " or ".join(similar)
+            unknown = f"{source} is not a known shape (did you mean {meant}?)"
+            raise ValueError(f"{unknown}, and {error}") from error
         raise
 
 
@@ -107,7 +117,7 @@ def shape_config(name: str) -> Any:
     """Returns the transformers config of a named shape.
 
     Raises:
-        ValueError: there is no shape of this name; the message names similar ones.
+        ValueError: there is no shape of this name; the message suggests similar ones.
 
     Example:
         >>> shape_config("llama-65b").num_hidden_layers
@@ -117,6 +127,6 @@ def shape_config(name: str) -> Any:
 
     if not is_shape(name):
         known = ", ".join(similar_shapes(name) or SHAPES)
-        raise ValueError(f"there is no shape {name!r}; there are {known}")
+        raise ValueError(f"there is no shape {name!r}: choose from {known}")
     sizes = dict(SHAPES[name.lower()])
     return AutoConfig.for_model(sizes.pop("model_type"), **sizes)

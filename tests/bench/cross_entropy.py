@@ -1,6 +1,6 @@
 """linear_cross_entropy against the whole logits: errors, peak memory and time.
 
-    python tests/bench/cross_entropy.py [--tokens 1024] [--hidden 576] [--words 49152] [--runs 5]
+    python tests/bench/cross_entropy.py [--tokens 1024] [--hidden 576] [--vocabulary 49152]
 
 Errors are those of the loss and of both gradients against float64, for float32 inputs of 512
 tokens. Peak memory is that of a process of its own for each loss, forward and backward, above its
@@ -9,14 +9,13 @@ with a frozen weight, as in QLoRA. Nothing is timed if an error is too large.
 """
 
 import argparse
+import itertools
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import side_by_side as bench
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,18 +43,18 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def make(tokens: int, hidden: int, words: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def make(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, hidden, generator=generator).to(dtype)
-    weight = (torch.randn(words, hidden, generator=generator) / hidden**0.5).to(dtype)
-    return x, weight, torch.randint(words, (tokens,), generator=generator)
+    weight = (torch.randn(vocabulary, hidden, generator=generator) / hidden**0.5).to(dtype)
+    return x, weight, torch.randint(vocabulary, (tokens,), generator=generator)
 
 
-def errors(hidden: int, words: int) -> dict[str, float]:
+def errors(hidden: int, vocabulary: int) -> dict[str, float]:
     """Relative errors of the loss and of both gradients, in float32."""
 
     def run(loss: Loss, dtype: torch.dtype) -> list[Tensor]:
-        x, weight, labels = make(512, hidden, words, torch.float32)
+        x, weight, labels = make(512, hidden, vocabulary, torch.float32)
         inputs = [t.to(dtype).requires_grad_() for t in (x, weight)]
         value = loss(*inputs, labels)
         return [value.detach(), *torch.autograd.grad(value, inputs)]
@@ -72,35 +71,42 @@ def backward(loss: Loss, x: Tensor, weight: Tensor, labels: Tensor) -> None:
     weight.grad = None
 
 
-def peak(name: str, tokens: int, hidden: int, words: int, dtype: str, trained: bool) -> int:
-    """Bytes at the peak above inputs and gradients, in a process of its own."""
-    source = Path(__file__)
-    arguments = [name, str(tokens), str(hidden), str(words), dtype, str(int(trained))]
-    command = [sys.executable, str(source), "--peak", json.dumps(arguments)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def measure_peak(name: str, tokens: str, hidden: str, words: str, dtype: str, trained: str) -> int:
-    x, weight, labels = make(int(tokens), int(hidden), int(words), getattr(torch, dtype))
-    weight.requires_grad_(bool(int(trained)))
+def peak(
+    loss: str, dtype: str, trained: bool, hidden: int, vocabulary: int, threads: int
+) -> bench.Result:
+    """Bytes at the peak above inputs and gradients, in this process, of 2,048 tokens."""
+    torch.set_num_threads(threads)
+    x, weight, labels = make(2048, hidden, vocabulary, getattr(torch, dtype))
+    weight.requires_grad_(trained)
     # Libraries and their buffers are there before the measurement.
-    small = weight[:128].detach().requires_grad_(weight.requires_grad)
-    backward(LOSSES[name], x[:64], small, labels[:64] % 128)
+    small = weight[:128].detach().requires_grad_(trained)
+    backward(LOSSES[loss], x[:64], small, labels[:64] % 128)
 
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    backward(LOSSES[name], x, weight, labels)
-    outputs = x.nbytes + (weight.nbytes if weight.requires_grad else 0)
-    return status("VmHWM") - before - outputs
-
-
-def status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+    before = bench.memory("VmRSS")
+    bench.restart_peak()
+    backward(LOSSES[loss], x, weight, labels)
+    gradients = x.nbytes + (weight.nbytes if trained else 0)
+    return {"peak": bench.memory() - before - gradients}
 
 
-def seconds(tokens: int, hidden: int, words: int, dtype: torch.dtype, runs: int) -> None:
-    inputs = make(tokens, hidden, words, dtype)
+def print_peaks(hidden: int, vocabulary: int) -> None:
+    sizes = {"hidden": hidden, "vocabulary": vocabulary}
+    for dtype, trained in itertools.product(("float32", "bfloat16"), (False, True)):
+        case = {"dtype": dtype, "trained": trained} | sizes
+        peaks = {
+            name: bench.run(__file__, case | {"loss": name}, torch.get_num_threads())["peak"]
+            for name in LOSSES
+        }
+        kind = "trained" if trained else "frozen"
+        print(f"peak above inputs and gradients, 2048 tokens, {dtype}, weight {kind}:")
+        for name, size in peaks.items():
+            share = peaks["linear_cross_entropy"] / size
+            print(f"  {name:27} {size / 1e6:7.0f} MB  ours / this {share:5.2f}")
+
+
+def print_seconds(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, runs: int) -> None:
+    print(f"forward and backward, {tokens} tokens, {dtype}, weight frozen:")
+    inputs = make(tokens, hidden, vocabulary, dtype)
     times: dict[str, list[float]] = {name: [] for name in LOSSES}
     for _ in range(runs + 1):
         for name, loss in LOSSES.items():
@@ -117,33 +123,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--words", type=int, default=49152)
+    parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--peak", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peak:
-        print(measure_peak(*args.peak))
+    if args.child:
+        print(json.dumps(peak(**args.child)))
         return
 
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capability}")
-    found = errors(args.hidden, args.words)
+    found = errors(args.hidden, args.vocabulary)
     print("errors against float64:", {name: f"{error:.1e}" for name, error in found.items()})
     if max(found.values()) > LARGEST_ERROR:
         raise SystemExit(f"an error is larger than {LARGEST_ERROR}: nothing is timed")
 
-    for dtype in ("float32", "bfloat16"):
-        for trained in (False, True):
-            kind = "trained" if trained else "frozen"
-            print(f"peak above inputs and gradients, 2048 tokens, {dtype}, weight {kind}:")
-            peaks = {n: peak(n, 2048, args.hidden, args.words, dtype, trained) for n in LOSSES}
-            for name, size in peaks.items():
-                share = peaks["linear_cross_entropy"] / size
-                print(f"  {name:27} {size / 1e6:7.0f} MB  ours / this {share:5.2f}")
-
+    print_peaks(args.hidden, args.vocabulary)
     for dtype in (torch.bfloat16, torch.float32):
-        print(f"forward and backward, {args.tokens} tokens, {dtype}, weight frozen:")
-        seconds(args.tokens, args.hidden, args.words, dtype, args.runs)
+        print_seconds(args.tokens, args.hidden, args.vocabulary, dtype, args.runs)
 
 
 if __name__ == "__main__":

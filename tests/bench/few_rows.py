@@ -279,10 +279,8 @@ def main() -> None:
         return
 
     bench.begin(parser, options)
-    common = {"threads": options.threads, "full": options.full}
-    environment = {"OMP_NUM_THREADS": str(options.threads)}
     results = bench.in_turn(
-        lambda side: bench.run(__file__, common | {"side": side}, environment),
+        lambda side: bench.run(__file__, {"side": side, "full": options.full}, options.threads),
         list(SIDES),
         options.rounds,
         noisy=options.noisy,

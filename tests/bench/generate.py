@@ -26,6 +26,7 @@ from sides import (
     SIDES,
     THEIRS,
     Case,
+    child_arguments,
     import_libraries,
     set_adapters,
     smollm2,
@@ -58,8 +59,7 @@ def measure(
     import torch
 
     torch.set_num_threads(threads)
-    model_type = json.loads((folder / "config.json").read_text())["model_type"]
-    import_libraries(side if side in SIDES else OURS, model_type)
+    import_libraries(side if side in SIDES else OURS, folder)
     ids = text_ids(folder, case.batch, case.length)
     model = build(side, folder, case)
 
@@ -100,13 +100,12 @@ def distances(folder: Path, case: Case, tokens: list[list[int]], threads: int) -
 
 def compare(folder: Path, case: Case, options: argparse.Namespace) -> bench.Result:
     """All sides in turn; then what they generated is checked."""
-    environment = {"OMP_NUM_THREADS": str(options.threads)}
-    common = {"folder": str(folder), "case": case.to_dict(), "threads": options.threads}
+    common = {"folder": str(folder), "case": case.to_dict()}
 
     def run(side: str) -> bench.Result:
         print(f"  batch {case.batch}: {side}", file=sys.stderr, flush=True)
         arguments = common | {"side": side, "tokens": options.tokens, "calls": options.calls}
-        return bench.run(__file__, arguments, environment)
+        return bench.run(__file__, arguments, options.threads)
 
     results = bench.in_turn(run, (OURS, THEIRS, DENSE), options.rounds, noisy=options.noisy)
     sides = {}
@@ -115,7 +114,7 @@ def compare(folder: Path, case: Case, options: argparse.Namespace) -> bench.Resu
         sides[side]["tokens per second"] = case.batch * options.tokens / sides[side]["seconds"]
         if side != DENSE:
             arguments = common | {"tokens": found[0]["tokens"]}
-            checked = bench.run(__file__, arguments, environment)
+            checked = bench.run(__file__, arguments, options.threads)
             sides[side] |= {key: checked[key] for key in ("distance", "bound")}
     ours = sides[OURS]
     bench.check(f"batch {case.batch}: {OURS}", ours["distance"] <= ours["bound"])
@@ -145,8 +144,7 @@ def main() -> None:
     bench.add_options(parser)
     options = parser.parse_args()
     if options.child:
-        arguments = json.loads(options.child)
-        arguments |= {"case": Case(**arguments["case"]), "folder": Path(arguments["folder"])}
+        arguments = child_arguments(options.child)
         print(json.dumps((measure if "side" in arguments else distances)(**arguments)))
         return
 

@@ -21,6 +21,7 @@ from sides import (
     THEIRS,
     Case,
     Side,
+    child_arguments,
     import_libraries,
     minilora_loss,
     peft_side,
@@ -65,8 +66,7 @@ def train(side: str, folder: Path, quantized: Path, steps: int, threads: int) ->
     import torch
 
     torch.set_num_threads(threads)
-    model_type = json.loads((folder / "config.json").read_text())["model_type"]
-    import_libraries(side, model_type)
+    import_libraries(side, folder)
     built = ours(quantized) if side == OURS else peft_side(folder, CASE)
     bench.check("adapters", set_adapters(built.model) > 0)
 
@@ -84,15 +84,13 @@ def train(side: str, folder: Path, quantized: Path, steps: int, threads: int) ->
 
 def compare(folder: Path, options: argparse.Namespace) -> bench.Result:
     """Both sides; ends the script if they are apart."""
-    environment = {"OMP_NUM_THREADS": str(options.threads)}
     with tempfile.TemporaryDirectory() as temporary:
         common = {"folder": str(folder), "quantized": temporary}
-        bench.run(__file__, common, environment)
-        common |= {"steps": options.steps, "threads": options.threads}
-        found = {
-            side: bench.run(__file__, common | {"side": side}, environment)["losses"]
-            for side in (OURS, THEIRS)
-        }
+        bench.run(__file__, common, options.threads)
+        found = {}
+        for side in (OURS, THEIRS):
+            arguments = common | {"side": side, "steps": options.steps}
+            found[side] = bench.run(__file__, arguments, options.threads)["losses"]
     bench.check_close("float32", found[OURS], found[THEIRS], BOUND)
     apart = [abs(a - b) for a, b in zip(found[OURS], found[THEIRS], strict=True)]
     return {"bound": BOUND, "largest difference": max(apart), "losses": found}
@@ -114,12 +112,12 @@ def main() -> None:
     bench.add_options(parser)
     options = parser.parse_args()
     if options.child:
-        arguments = json.loads(options.child)
-        paths = {key: Path(arguments[key]) for key in ("folder", "quantized")}
+        arguments = child_arguments(options.child)
+        arguments["quantized"] = Path(arguments["quantized"])
         if "side" in arguments:
-            print(json.dumps(train(**arguments | paths)))
+            print(json.dumps(train(**arguments)))
         else:
-            quantize(paths["folder"], paths["quantized"])
+            quantize(arguments["folder"], arguments["quantized"])
             print("{}")
         return
 

@@ -22,7 +22,17 @@ from typing import Any
 
 import side_by_side as bench
 import torch
-from sides import OURS, SIDES, THEIRS, Case, import_libraries, set_adapters, smollm2, text_ids
+from sides import (
+    OURS,
+    SIDES,
+    THEIRS,
+    Case,
+    child_arguments,
+    import_libraries,
+    set_adapters,
+    smollm2,
+    text_ids,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LARGEST = 10
@@ -103,10 +113,9 @@ class Timeline:
 def measure(side: str, folder: Path, case: Case, steps: int, threads: int) -> bench.Result:
     """The timeline of one side in this process: the phases of the last step are reported."""
     torch.set_num_threads(threads)
-    model_type = json.loads((folder / "config.json").read_text())["model_type"]
     timeline = Timeline()
     with timeline.phase("imports"):
-        import_libraries(side, model_type)
+        import_libraries(side, folder)
     ids = text_ids(folder, case.batch, case.length)
 
     with timeline.phase("load, quantize, adapters"):
@@ -161,9 +170,7 @@ def main() -> None:
     bench.add_options(parser)
     options = parser.parse_args()
     if options.child:
-        arguments = json.loads(options.child)
-        arguments |= {"case": Case(**arguments["case"]), "folder": Path(arguments["folder"])}
-        print(json.dumps(measure(**arguments)))
+        print(json.dumps(measure(**child_arguments(options.child))))
         return
 
     options.noisy = not options.store
@@ -172,11 +179,10 @@ def main() -> None:
     case = Case(**{name: getattr(options, name) for name in names})
     print(f"{case}; MB are 10^6 bytes\n")
     arguments = {"folder": str(options.model or smollm2()), "case": case.to_dict()}
-    arguments |= {"steps": options.steps, "threads": options.threads}
+    arguments |= {"steps": options.steps}
     results = {}
     for side in options.sides:
-        environment = {"OMP_NUM_THREADS": str(options.threads)}
-        results[side] = bench.run(__file__, arguments | {"side": side}, environment)
+        results[side] = bench.run(__file__, arguments | {"side": side}, options.threads)
         print(phase_table(side, results[side]["rows"]))
         print(largest_table(results[side]), flush=True)
     bench.finish("memory_timeline", {"case": case.to_dict(), "sides": results}, options)

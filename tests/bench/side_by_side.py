@@ -144,14 +144,18 @@ def wait_for_quiet(patience: float = 60, interval: float = 2) -> None:
 # -- processes that take turns -------------------------------------------------------------------
 
 
-def run(script: str, arguments: Mapping[str, Any], environment: Mapping[str, str]) -> Result:
-    """Runs `script --child JSON` and returns what it printed; "others" is added to it."""
-    command = [sys.executable, script, "--child", json.dumps(arguments)]
+def run(script: str, arguments: Mapping[str, Any], threads: int) -> Result:
+    """Runs `script --child JSON` and returns what it printed; "others" is added to it.
+
+    The JSON has the arguments and the number of threads, with which OpenMP starts as well.
+    """
+    command = [sys.executable, script, "--child", json.dumps({**arguments, "threads": threads})]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
     others = Others()
     done = subprocess.run(
         command,
-        env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"} | dict(environment),
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,

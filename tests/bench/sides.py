@@ -6,6 +6,7 @@ loss is computed. What is timed of this library is in `minilora_side`, `minilora
 """
 
 import contextlib
+import json
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -220,9 +221,20 @@ SIDES: dict[str, Callable[[Path, Case], Side]] = {
 REFERENCE_LINES = ("dense LoRA (peft)", "full fine-tuning")
 
 
-def import_libraries(side: str, model_type: str) -> None:
-    """Imports what `side` needs: what is resident afterwards is not the training's."""
+def child_arguments(text: str) -> dict[str, Any]:
+    """What a process of its own is given, from JSON: "folder" as a path, "case" as a `Case`."""
+    arguments: dict[str, Any] = json.loads(text)
+    arguments["folder"] = Path(arguments["folder"])
+    if "case" in arguments:
+        arguments["case"] = Case(**arguments["case"])
+    return arguments
+
+
+def import_libraries(side: str, folder: Path) -> None:
+    """Imports what `side` needs for a model: what is resident afterwards is not the training's."""
     import importlib
+
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
 
     # What a library warns of here is what its users are warned of.
     warnings.simplefilter("ignore")

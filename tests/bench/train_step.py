@@ -37,6 +37,7 @@ from sides import (
     THEIRS,
     Case,
     Side,
+    child_arguments,
     import_libraries,
     set_adapters,
     smollm2,
@@ -62,8 +63,7 @@ def measure(side: str, folder: Path, case: Case, steps: int, threads: int) -> be
     import torch
 
     torch.set_num_threads(threads)
-    model_type = json.loads((folder / "config.json").read_text())["model_type"]
-    import_libraries(side, model_type)
+    import_libraries(side, folder)
     ids = text_ids(folder, case.batch, case.length)
     imported = bench.memory("VmRSS")
     bench.restart_peak()
@@ -125,8 +125,7 @@ def compare(
     def run(side: str) -> bench.Result:
         print(f"  {case}: {side}", file=sys.stderr, flush=True)
         arguments = {"side": side, "folder": str(folder), "case": case.to_dict()}
-        arguments |= {"steps": options.steps, "threads": options.threads}
-        return bench.run(__file__, arguments, {"OMP_NUM_THREADS": str(options.threads)})
+        return bench.run(__file__, arguments | {"steps": options.steps}, options.threads)
 
     results = bench.in_turn(run, sides, options.rounds, noisy=options.noisy)
     check_results(case, results)
@@ -238,9 +237,7 @@ def main() -> None:
     bench.add_options(parser)
     options = parser.parse_args()
     if options.child:
-        arguments = json.loads(options.child)
-        arguments |= {"case": Case(**arguments["case"]), "folder": Path(arguments["folder"])}
-        print(json.dumps(measure(**arguments)))
+        print(json.dumps(measure(**child_arguments(options.child))))
         return
 
     bench.begin(parser, options)

@@ -393,40 +393,111 @@ def test_no_tensor_is_larger_than_the_logits_of_a_chunk(through: str) -> None:
             # What the operator runs, into which a mode cannot look.
             function = cross_entropy._weight_losses._init_fn
             with torch.no_grad():
-                function(hidden, weight, None, labels, -100, 1.0, None, chunk, [True, False, False])
+                function(hidden, weight, None, labels, [True, False, False], -100, 1.0, None, chunk)
     assert 0 < largest <= chunk * words
 
 
 def test_the_chunk_has_few_logits_and_not_too_few_tokens() -> None:
-    sizes = [cross_entropy._default_chunk(words) for words in (1, 32_000, 49_152, 262_144, 10**8)]
-    assert sizes == [512, 512, 341, 64, 64]
+    weights = [torch.empty(V, 1, device="meta") for V in (1, 32_000, 49_152, 262_144, 10**8)]
+    assert [cross_entropy._default_chunk(w) for w in weights] == [512, 512, 341, 64, 64]
+    modules = (lora_head(False), nn.Linear(1, 49_152, device="meta"), Deep(False))
+    assert [cross_entropy._default_chunk(m) for m in modules] == [512, 341, 512]
 
 
-# What is refused
+# What is refused, and what is not
+
+
+class Returning(nn.Module):
+    """A head that changes its logits."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(x.new_ones(len(x), V))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_without_rows_or_features_it_is_what_pytorch_says(reduction: str) -> None:
+    weight = gaussian(V, H)
+    for rows, features in ((0, H), (5, 0), (0, 0)):
+        hidden, W, labels = torch.ones(rows, features), weight[:, :features], LABELS[:rows]
+        loss = linear_cross_entropy(hidden, W, labels, reduction=reduction)
+        expected = F.cross_entropy(hidden @ W.T, labels, reduction=reduction)
+        torch.testing.assert_close(loss, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["hidden", "bias", "bias of a label"])
+def test_nan_and_infinity_come_out_as_of_pytorch(value: float, where: str) -> None:
+    hidden, weight, bias = (t.detach() for t in inputs())
+    if where == "hidden":
+        hidden[3, 5] = value
+    else:
+        bias[LABELS[4] if where == "bias of a label" else V - 1] = value
+    hidden.requires_grad_()
+    losses = linear_cross_entropy(hidden, weight, LABELS, bias=bias, reduction="none")
+    (found,) = torch.autograd.grad(losses.sum(), hidden)
+    usual = F.cross_entropy(F.linear(hidden, weight, bias), LABELS, reduction="none")
+    (expected,) = torch.autograd.grad(usual.sum(), hidden)
+    torch.testing.assert_close(losses, usual, equal_nan=True)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_single_losses_of_a_trained_head_are_refused_before_anything_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cross_entropy, "losses_in_chunks", lambda *_: pytest.fail("computed"))
+    for weight in (inputs()[1], lora_head(False)):
+        with pytest.raises(ValueError, match="or freeze the head"):
+            linear_cross_entropy(inputs()[0], weight, LABELS, reduction="none")
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"hidden": torch.zeros(N, H, dtype=torch.int64)}, TypeError, "hidden is torch.int64"),
+        ({"hidden": [[0.0] * H]}, TypeError, "hidden is a list: it must be a tensor"),
+        ({"labels": None}, TypeError, "labels is a NoneType: it must be a tensor"),
         ({"labels": torch.zeros(N)}, TypeError, "labels are torch.float32"),
+        ({"labels": LABELS.int()}, TypeError, r"labels are torch.int32.*labels\.long\(\)"),
+        ({"labels": LABELS.to("meta")}, ValueError, "labels on meta, hidden on cpu"),
         ({"labels": LABELS[1:]}, ValueError, r"labels \(149,\) do not fit hidden \(150, 44\)"),
         ({"weight": torch.zeros(V, 7)}, ValueError, r"does not fit weight \(1003, 7\)"),
         ({"weight": torch.zeros(V, H).int()}, TypeError, "weight is torch.int32"),
         ({"weight": lambda x: x}, TypeError, "weight is a function"),
+        ({"weight": nn.Linear(7, V)}, ValueError, r"does not fit weight \(1003, 7\)"),
+        # The kernel would read through its pointer, which is none.
+        ({"weight": torch.zeros(V, H, device="meta")}, ValueError, "weight on meta, hidden on cpu"),
+        ({"bias": [0.0] * V}, TypeError, "bias is a list"),
+        ({"bias": torch.zeros(V).long()}, TypeError, "bias is torch.int64"),
+        ({"bias": torch.zeros(V, device="meta")}, ValueError, "bias on meta, hidden on cpu"),
         ({"bias": torch.zeros(7)}, ValueError, r"bias \(7,\) must be \[V\] = \[1003\]"),
         ({"weight": nn.Linear(H, V), "bias": torch.zeros(V)}, ValueError, "has its own"),
         ({"reduction": "max"}, ValueError, "reduction='max'.* mean, sum, none"),
-        ({"reduction": "none"}, ValueError, "is a sum over the tokens"),
+        ({"reduction": "none"}, ValueError, "is a sum over tokens"),
         ({"softcap": 0.0}, ValueError, r"softcap=0\.0"),
+        ({"softcap": math.inf}, ValueError, "softcap=inf: must be a positive number"),
+        ({"softcap": "30"}, ValueError, "softcap='30'"),
+        ({"scale": math.nan}, ValueError, "scale=nan: must be a finite number"),
+        ({"scale": None}, ValueError, "scale=None"),
         ({"chunk": 0}, ValueError, "chunk=0"),
+        ({"chunk": 1.5}, ValueError, r"chunk=1\.5: must be a whole number"),
+        ({"chunk": 2**63}, ValueError, "chunk=9223372036854775808"),
+        ({"ignore_index": None}, ValueError, "ignore_index=None"),
+        ({"ignore_index": 2**63}, ValueError, "whole number of 64 bits"),
+        ({"weight": Returning(lambda z: (z,))}, TypeError, "Returning returned tuple"),
+        ({"weight": Returning(Tensor.int)}, TypeError, "Returning returned torch.int32"),
+        ({"weight": Returning(Tensor.sum)}, ValueError, r"returned \(\) for \(150, 44\)"),
+        ({"weight": Returning(lambda z: z[1:])}, ValueError, r"logits \[n, V\] = \[150, V\]"),
         (
             {"labels": torch.full((N,), V)},
             ValueError,
-            "label 1003 is no word of a vocabulary of 1003",
+            "label 1003 is outside the vocabulary of 1003",
         ),
-        ({"labels": LABELS - 1}, ValueError, "label -1 is no word"),
-        ({"labels": LABELS - 1, "weight": lora_head(True)}, ValueError, "label -1 is no word"),
+        ({"labels": LABELS - 1}, ValueError, "label -1 is outside"),
+        ({"labels": LABELS - 1, "weight": lora_head(True)}, ValueError, "label -1 is outside"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(

@@ -1,33 +1,21 @@
 """What the CPU benchmarks compute, on tiny models: both sides, the headline, the live tensors."""
 
-import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from bench_scripts import BENCH, ROOT, load
 
 pytest.importorskip("transformers", reason="the benchmarks train its models")
 
 import minilora
 
-ROOT = Path(__file__).resolve().parents[2]
-BENCH = ROOT / "tests" / "bench"
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "heads": 4}
-
-
-def load(name: str) -> ModuleType:
-    """A module of tests/bench, which are scripts beside each other and no package."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCH))
 
 
 sides = load("sides")

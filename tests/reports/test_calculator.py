@@ -61,7 +61,7 @@ def grid(count: int) -> list[dict[str, Any]]:
             "length": draw.choice([1, 100, 512, 4096]),
             "dropout": draw.random() < 0.3,
             "accumulate": draw.random() < 0.3,
-            "pagedOptimizer": method != "full" and draw.random() < 0.3,
+            "pagedOptimizer": draw.random() < 0.3,
             "efficient": draw.random() < 0.5,
             "c": draw.choice([2, 4]),
         }

@@ -60,11 +60,15 @@ def test_the_table_of_what_fits(plans: list[Plan]) -> None:
     assert found.batches[64, 512] < found.batches[4, 512]
 
     title, head, low, high, *below = str(found).splitlines()
-    assert title == "largest batch in 1.40 GB, with gradient checkpointing"
+    assert title == "largest batch size in 1.40 GB, with gradient checkpointing"
     assert head.split() == ["tokens", "64", "512", "100000"]
     assert low.split() == ["r=4", *(str(found.batches[4, n]) for n in (64, 512)), "-"]
     assert high.split()[0] == "r=64"
-    assert below == ["  1.00 GB of it left for the GPU's context and fragmentation"]
+    assert below == [
+        "  1.00 GB of it is kept for the GPU's context and fragmentation",
+        "  -: not even one sequence fits",
+    ]
+    assert "not even one" not in str(fit(plans[:1], RESERVED + 400_000_000, lengths=[64]))
 
 
 def test_when_nothing_fits_the_table_says_what_is_needed(plans: list[Plan]) -> None:

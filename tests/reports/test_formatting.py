@@ -13,7 +13,8 @@ from minilora.reports.formatting import format_bytes
         (1000, "1.0 kB"),
         (12_345_678, "12.3 MB"),
         (5e9, "5.00 GB"),
-        (7e12, "7000.00 GB"),
+        (7e12, "7.00 TB"),
+        (1.2345e19, "12,345,000.00 TB"),
     ],
 )
 def test_bytes_have_the_unit_that_a_person_would_choose(n: float, text: str) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markup import parse
 from torch import nn
+from transformers_folders import make_model
 
 import minilora
 from minilora.reports.formatting import format_bytes
@@ -181,6 +182,34 @@ def test_a_model_that_is_quantized_already_is_planned_as_it_is() -> None:
     assert_came_true(plan, minilora.inject(model, r=2, targets=["up", "down"]), plan.parameters)
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama, tied", "qwen2, with biases"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_folder_in_4_bits_is_planned_as_the_model_that_it_makes(
+    kind: str, double_quant: bool, tmp_path: Path
+) -> None:
+    model = minilora.quantize(make_model(kind), exclude=["o_proj"], double_quant=double_quant)
+    folder = minilora.save_quantized(model, tmp_path / "stored")
+    stored, loaded = minilora.plan(folder, r=3), minilora.plan(model, r=3)
+    assert (stored.rows, stored.bytes) == (loaded.rows, loaded.bytes)
+    assert (stored.parameters, stored.trainable) == (loaded.parameters, loaded.trainable)
+    assert stored.bytes["quantized"] and stored.quantize
+
+
+def test_what_transformers_stores_with_bitsandbytes_is_planned_so_too(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="the writer")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    make_model("llama, tied").save_pretrained(tmp_path / "dense")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=config, device_map="cpu"
+    )
+    model.save_pretrained(tmp_path / "stored")
+    stored = minilora.plan(tmp_path / "stored", r=3)
+    loaded = minilora.plan(minilora.load(tmp_path / "stored")[0], r=3)
+    assert (stored.rows, stored.bytes) == (loaded.rows, loaded.bytes)
+
+
 @given(st.integers(1, 5000), st.sampled_from([32, 64, 128, 4096]), st.booleans())
 @settings(max_examples=50)
 def test_nf4_bytes_counts_every_tensor(n: int, block_size: int, double_quant: bool) -> None:
@@ -293,6 +322,8 @@ ERRORS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "an adapter already": (lambda: minilora.inject(mlp(), r=2), {"r": 2}),
     "one layer": (lambda: nn.Linear(8, 8), {"r": 2}),
     "no rank for one layer": (mlp, {"r": 2, "rank_pattern": {"up": 0}}),
+    "dropout": (mlp, {"r": 2, "dropout": 1.5}),
+    "dropout that is no number": (mlp, {"r": 2, "dropout": float("nan")}),
     "no such layer": (mlp, {"r": 2, "alpha_pattern": {"upp": 3.0}}),
     "no such block": (mlp, {"r": 2, "layers_to_transform": [3]}),
     "an excluded layer that is not there": (mlp, {"r": 2, "exclude": ["dwn"]}),
@@ -307,6 +338,29 @@ def test_a_plan_refuses_what_inject_refuses_with_the_same_words(case: str) -> No
     with pytest.raises(expected.type) as found:
         minilora.plan(make(), **arguments, quantize=False)
     assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0, "length": 8}, "batch_size=0: must be a whole number, 1 ... 1,000,"),
+        ({"batch_size": 1, "length": -8}, "length=-8: must be"),
+        ({"batch_size": True, "length": 8}, "batch_size=True: must be"),
+        ({"batch_size": 1, "length": "8"}, "length='8': must be"),
+        ({"batch_size": 1, "length": 1.5}, "length=1.5: must be"),
+        ({"batch_size": 10**10, "length": 8}, "batch_size=10000000000: must be"),
+        ({"batch_size": 4}, "batch_size=4 without length: .* give length (--length)"),
+        ({"length": 8}, "length=8 without batch_size: .* (--batch-size)"),
+        ({"grad_accum": 0}, "grad_accum=0: must be"),
+        ({"grad_accum": None}, "grad_accum=None: must be"),
+    ],
+)
+def test_a_batch_that_cannot_be_is_refused_before_the_model_is_built(
+    arguments: dict[str, Any], message: str
+) -> None:
+    pattern = re.escape(message).replace(r"\.\*", ".*")
+    with pytest.raises(ValueError, match=pattern):
+        minilora.plan("no-such-model", **arguments)
 
 
 def test_a_plan_refuses_what_quantize_refuses(tiny_llama: Callable[..., Any]) -> None:

@@ -85,5 +85,16 @@ def test_a_name_that_is_nearly_one_is_answered_with_those_that_are() -> None:
     assert is_shape("Llama-65B") and not is_shape("llama-60b") and not is_shape(3)
     with pytest.raises(ValueError, match="llama-65b"):
         shape_config("llama-66b")
-    with pytest.raises(ValueError, match=r"cannot be loaded.*shapes with such a name: llama-65b"):
+    with pytest.raises(ValueError, match=r"did you mean llama-65b.*, and llama-66b cannot be"):
+        minilora.plan("llama-66b")
+    with pytest.raises(ValueError, match=r"did you mean llama-3-8b\?\), and meta-llama/Meta"):
+        minilora.plan("meta-llama/Meta-Llama-3-8B")
+
+
+def test_a_folder_that_is_there_is_not_taken_for_a_misspelt_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llama-66b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^llama-66b/config\.json does not exist"):
         minilora.plan("llama-66b")
