@@ -190,7 +190,8 @@ class QLoRALinear(LoRALayer, NF4Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        lora = self.adapters[self.active[0]] if len(self.active) == 1 else None
+        adapters: Any = self._modules["adapters"]
+        lora = adapters[self.active[0]] if len(self.active) == 1 else None
         # The term of a single plain adapter is added in the same pass over y.
         if type(lora) is LoRA and (factors := _plain_factors(lora)):
             y = lora_linear(
@@ -210,7 +211,7 @@ class QLoRALinear(LoRALayer, NF4Linear):
 def _plain_factors(lora: LoRA) -> tuple[Tensor, Tensor] | None:
     """A and B of an adapter, or None if it has a bias or something has taken their place.
 
-    Read from the dictionary: as attributes of a module they take a microsecond and a half.
+    Read from the dictionary: each attribute of a module takes half a microsecond to find.
     """
     A, B, bias = map(lora._parameters.get, ("A", "B", "bias"))
     return (A, B) if bias is None and A is not None and B is not None else None

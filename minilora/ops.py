@@ -70,12 +70,13 @@ def _assembled(kernel: Callable[..., Any], signature: str) -> Callable[..., Any]
 def _kernel(backend: str, file: str, name: str) -> Callable[..., Any]:
     """Returns a function that imports minilora.kernels.<backend>.<file> at its first call."""
     kernel: Any = None
+    only_device = {"cpu": "cpu", "gpu": "cuda"}.get(backend)
 
     def call(*args: Any) -> Any:
         nonlocal kernel
         if kernel is None:
             kernel = getattr(importlib.import_module(f"minilora.kernels.{backend}.{file}"), name)
-        device = args[0].device.type
+        device = only_device or args[0].device.type
         if not torch.is_autocast_enabled(device):
             return kernel(*args)
         # The fakes promise the dtype of the input.

@@ -33,7 +33,7 @@ from .team import pointer
 _MOST_ROWS = 32
 _MOST_ROWS_PORTABLE = 4
 
-# Rows of W whose scales and sums are held in scratch memory; it leaves some for rows beyond them.
+# Rows of W whose sums and tables are held in scratch memory; `_BEYOND` more rows have sums only.
 _TILE = 64
 _BEYOND = 8
 
