@@ -184,7 +184,7 @@ def lora_linear(
 
 def _prepared(x: Tensor, w: NF4Weight, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Checks x, and returns it and the bias in the dtype that F.linear would compute in."""
-    if len(w.shape) != 2 or x.shape[-1:] != w.shape[1:]:
+    if len(w.shape) != 2 or x.ndim == 0 or x.shape[-1] != w.shape[1]:
         sizes = f"x {tuple(x.shape)} does not fit an NF4 weight {tuple(w.shape)}"
         raise ValueError(f"{sizes}: x must be [..., in], the weight [out, in]")
     if x.dtype not in DTYPES:

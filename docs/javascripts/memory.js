@@ -27,12 +27,8 @@ function keptPerBlock(d, a, batch) {
   const c = batch.computeBytes;
   const factors = batch.efficient ? 2 : 3;
 
-  let attention = c * (d.attention + 2 * d.keys);
-  let inputs = a.inputs;
-  if (!batch.efficient) {
-    attention += c * d.attention + FLOAT * d.heads;
-    inputs -= a.output;
-  }
+  const attention = c * (2 * d.attention + 2 * d.keys) + FLOAT * d.heads;
+  let inputs = a.inputs - a.output;
 
   if (keepsMasks(batch)) inputs = 2 * a.dropped;
 
@@ -248,7 +244,7 @@ function memory(settings) {
   return { parameters, trainable, phases: found, phase, peak: total(found[phase]) };
 }
 
-// As in minilora/reports/fitting.py: of a GPU's memory, what a run cannot use, and a batch that is
+// As in minilora/reports/largest_batch.py: of a GPU's memory, what a run cannot use, and a batch that is
 // large enough for everyone.
 const RESERVED = 1e9;
 const LARGEST_BATCH = 1024;

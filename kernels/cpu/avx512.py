@@ -14,7 +14,9 @@ from llvmlite.ir import IRBuilder, Value
 from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
+from ..reference.nf4 import GROUP
 from .vectors import (
+    F32,
     Arrays,
     F32x16,
     I8x16,
@@ -118,30 +120,72 @@ def _decoded(b: IRBuilder, table: Value, pairs: Value) -> tuple[Value, Value]:
     return b.bitcast(high, I32x16), b.bitcast(low, I32x16)
 
 
-def _add_products(
+def _even_odd(
     context: Any,
     b: IRBuilder,
     signature: Any,
     args: Any,
 ) -> Any:
     arrays = Arrays(context, b, signature, args)
+    _, first, _, target = args
+    x = arrays.load(I16x32, 0, first)
+    y = arrays.load(I16x32, 0, add_constant(b, first, 32))
+
+    even = shuffle(b, x, y, list(range(0, 64, 2)))
+    odd = shuffle(b, x, y, list(range(1, 64, 2)))
+    arrays.store(even, 2, target)
+    arrays.store(odd, 2, add_constant(b, target, 32))
+    return context.get_dummy_value()
+
+
+# The arrays of `add_products`.
+_PACKED, _ABSMAX, _TABLE, _LEVELS, _X, _SUMS = range(6)
+
+
+def _absmax_of_block(
+    b: IRBuilder,
+    arrays: Arrays,
+    block: Value,
+    shift: Value,
+    group: Value,
+) -> Value:
+    """Returns the absmax of a block of 64 weights: as stored, or from the table of its group."""
+    i = b.lshr(block, shift)
+    stored = arrays.load_scalar(_ABSMAX, i)
+    if stored.type == F32:
+        return stored
+
+    of_block = b.udiv(i, ir.Constant(i.type, GROUP))
+    row = b.sub(of_block, group)
+    code = b.zext(stored, i.type)
+    entry = b.add(b.mul(row, ir.Constant(i.type, 256)), code)
+    return arrays.load_scalar(_TABLE, entry)
+
+
+def _add_products(
+    context: Any,
+    b: IRBuilder,
+    signature: Any,
+    args: Any,
+) -> Any:
     R, M = (kind.literal_value for kind in signature.args[:2])
-    _, _, _, byte, row_bytes, last, _, first, _, scale, row_scales, _, blocks, _, target = args
+    operands, sizes = (cgutils.unpack_tuple(b, held) for held in args[2:])
+    arrays = Arrays(context, b, types.void(*signature.args[2]), operands)
+    block, row_blocks, last, shift, group, first, blocks, target = sizes
 
     def constant(value: int) -> Value:
-        return ir.Constant(byte.type, value)
+        return ir.Constant(block.type, value)
 
     # Beyond the last row, that row is read again.
-    bytes_of_row, scales_of_row = [], []
+    starts = []
     for r in range(R):
         is_beyond = b.icmp_signed("<", last, constant(r))
         row = b.select(is_beyond, last, constant(r))
-        bytes_of_row.append(b.add(byte, b.mul(row, row_bytes)))
-        scales_of_row.append(b.add(scale, b.mul(constant(r), row_scales)))
+        starts.append(b.add(block, b.mul(row, row_blocks)))
 
     zero = splat(F32x16, 0.0)
     sums = [[cgutils.alloca_once_value(b, zero) for _ in range(M)] for _ in range(R)]
-    levels = arrays.load(F32x16, 11)
+    levels = arrays.load(F32x16, _LEVELS)
     unscaled = _bfloat16_table(b, levels)
 
     with cgutils.for_range(b, blocks) as loop:
@@ -150,14 +194,13 @@ def _add_products(
         for m in range(M):
             column = b.add(b.mul(k, constant(64 * M)), constant(64 * m))
             column = b.add(first, column)
-            even, odd = (arrays.load(I16x32, 6, add_constant(b, column, i)) for i in (0, 32))
+            even, odd = (arrays.load(I16x32, _X, add_constant(b, column, i)) for i in (0, 32))
             x.append((b.bitcast(even, I32x16), b.bitcast(odd, I32x16)))
 
         for r in range(R):
-            at = b.add(bytes_of_row[r], b.mul(k, constant(32)))
-            pairs = arrays.load(I8x32, 2, at)
-            scale = b.add(scales_of_row[r], k)
-            absmax = broadcast(b, arrays.load_scalar(8, scale))
+            at = b.add(starts[r], k)
+            pairs = arrays.load(I8x32, _PACKED, b.mul(at, constant(32)))
+            absmax = broadcast(b, _absmax_of_block(b, arrays, at, shift, group))
 
             if M == 1:
                 # Scaling one sum is cheaper than scaling 16 levels.
@@ -175,8 +218,8 @@ def _add_products(
                 b.store(add_dot(b, product, low, odd), sums[r][m])
 
     total = sums_of_lanes(b, [b.load(held) for row in sums for held in row])
-    total = b.fadd(total, arrays.load(total.type, 13, target))
-    arrays.store(total, 13, target)
+    total = b.fadd(total, arrays.load(total.type, _SUMS, target))
+    arrays.store(total, _SUMS, target)
     return context.get_dummy_value()
 
 
@@ -199,31 +242,27 @@ def look_up_64(
     return signature, build
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def even_odd_64(typing: Any, x: Any, first: Any, out: Any, target: Any) -> Any:
+    """out[target : target + 64] = the even elements of x[first : first + 64], then the odd ones.
+
+    The elements have 16 bits.
+    """
+    return types.void(x, first, out, target), _even_odd
+
+
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def add_products(
-    typing: Any,
-    R: Any,
-    M: Any,
-    packed: Any,
-    byte: Any,
-    row_bytes: Any,
-    last: Any,
-    x: Any,
-    first: Any,
-    scales: Any,
-    scale: Any,
-    row_scales: Any,
-    levels: Any,
-    blocks: Any,
-    sums: Any,
-    target: Any,
-) -> Any:
+def add_products(typing: Any, R: Any, M: Any, arrays: Any, sizes: Any) -> Any:
     """sums[target + r M + m] += W[r] . x[m] over blocks of 64, for R rows of W and M rows of x.
 
-    R M is at most 16: each sum has a register. Row r of W starts at packed[byte + r row_bytes] and
-    scales[scale + r row_scales]; rows above `last` repeat it. The weights are rounded to bfloat16,
-    the products are summed in float32. x holds bfloat16 bits, [blocks, M, 2, 32] from x[first]: of
-    each block of 64 the elements with an even index, then those with an odd one.
+    arrays: (packed, absmax, table, levels, x, sums)
+    sizes: (block, row_blocks, last, shift, group, first, blocks, target)
+
+    R M is at most 16: each sum has a register. Row r of W starts at block + r row_blocks, in blocks
+    of 64; rows above `last` repeat it. The absmax of block i is absmax[i >> shift], or, if that is
+    an 8-bit code, its entry in `table` [groups, 256], which starts with group number `group`. The
+    weights are rounded to bfloat16, the products are summed in float32. x holds bfloat16 bits,
+    [blocks, M, 2, 32] from x[first]: of each block of 64 the elements with an even index, then
+    those with an odd one.
     """
-    kinds = R, M, packed, byte, row_bytes, last, x, first, scales, scale, row_scales, levels
-    return types.void(*kinds, blocks, sums, target), _add_products
+    return types.void(R, M, arrays, sizes), _add_products

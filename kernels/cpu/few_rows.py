@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..reference.nf4 import GROUP, PackedWeight
 from . import nf4, team
-from .avx512 import AVX512, AVX512_BF16, add_products, look_up_64
+from .avx512 import AVX512_BF16, add_products, even_odd_64
 from .runtime import jit
 from .team import pointer
 
@@ -80,33 +80,21 @@ def few_rows(
     scale: float = 0.0,
 ) -> Tensor:
     """Returns x W^T + scale (x A^T) B^T, [.., O], in x's dtype. No block of W may cross a row."""
-    if _uses_bfloat16(w, x.dtype):
-        return _product(_bfloat16_rows, x, w, A, B, scale)
-    return _product(_float32_rows, x.float(), w, A, B, scale).to(x.dtype)
+    in_bfloat16 = _uses_bfloat16(w, x.dtype)
+    if not in_bfloat16 and x.dtype != torch.float32:
+        return few_rows(x.float(), w, A, B, scale).to(x.dtype)
 
-
-def _product(
-    kernel: Any,
-    x: Tensor,
-    w: PackedWeight,
-    A: Tensor | None,
-    B: Tensor | None,
-    scale: float,
-) -> Tensor:
     O, I = w.shape
-    y = x.new_empty((*x.shape[:-1], O))
+    y = x.new_empty(*x.shape[:-1], O)
     x = x.contiguous()
     r, address_A, address_B = 0, 0, 0
     if A is not None and B is not None:
-        r = len(A)
+        r = A.shape[0]
         if A.shape != (r, I) or B.shape != (O, r):
             shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
             raise ValueError(f"{shapes} do not fit a weight {(O, I)}: they are [r, in], [out, r]")
-        for factor in (A, B):
-            if not factor.is_cpu:
-                raise ValueError(f"x is on the CPU, the adapter on {factor.device}: move one")
         # Kept in variables: they live as long as the call.
-        A, B = A.float().contiguous(), B.float().contiguous()
+        A, B = _contiguous_float32(A), _contiguous_float32(B)
         address_A, address_B = A.data_ptr(), B.data_ptr()
 
     call = _Call(
@@ -123,15 +111,46 @@ def _product(
         y.data_ptr(),
         scale,
     )
+    kernel = _bfloat16_rows if in_bfloat16 else _float32_rows
     team.run(kernel, call, O, O * I // _GRAIN)
     return y
+
+
+def _contiguous_float32(factor: Tensor) -> Tensor:
+    if not factor.is_cpu:
+        raise ValueError(f"x is on the CPU, the adapter on {factor.device}: move one")
+    if factor.dtype != torch.float32:
+        factor = factor.float()
+    return factor.contiguous()
+
+
+@jit
+def _floats(address: int, size: int) -> Any:
+    return carray(pointer(address), size, np.float32)
+
+
+@jit
+def _halves(address: int, size: int) -> Any:
+    """Numbers in bfloat16, as their bits."""
+    return carray(pointer(address), size, np.uint16)
+
+
+@jit
+def _bytes(address: int, size: int) -> Any:
+    return carray(pointer(address), size, np.uint8)
 
 
 _ANY_ORDER = {"reassoc", "contract"}
 
 
 @numba.njit(nogil=True, error_model="numpy", fastmath=_ANY_ORDER)  # type: ignore[untyped-decorator]
-def _dot(x: Any, i: int, y: Any, j: int, size: int) -> Any:
+def _dot(
+    x: Any,
+    i: int,
+    y: Any,
+    j: int,
+    size: int,
+) -> Any:
     """x[i : i + size] . y[j : j + size], summed in any order."""
     total = np.float32(0)
     for k in range(np.uint64(size)):
@@ -140,37 +159,26 @@ def _dot(x: Any, i: int, y: Any, j: int, size: int) -> Any:
 
 
 @jit
-def _scales(call: Any, chunk: int, first: int, count: int, out: Any) -> None:
-    """out[0:count] = the absmax of the `chunk` weights at `first`, the next ones, and so on."""
-    blocks = call.O * call.I // call.block_size
-    repeat = call.block_size // chunk
+def _fill_table(
+    call: Any,
+    top: int,
+    end: int,
+    out: Any,
+) -> Any:
+    """out [groups, 256] = the absmax of each 8-bit code, in the groups of rows [top, end) of W.
 
-    if call.absmax2 == 0:
-        absmax = carray(pointer(call.absmax), blocks, np.float32)
-        for i in range(count):
-            out[i] = absmax[(first + i) // repeat]
-        return
-
-    codes = carray(pointer(call.absmax), blocks, np.uint8)
-    absmax2 = carray(pointer(call.absmax2), -(-blocks // GROUP), np.float32)
-    offset = carray(pointer(call.offset), 1, np.float32)[0]
-
-    # The 256 values of a group are computed once, and looked up.
-    table = np.empty(256, np.float32)
-    done = 0
-    while done < count:
-        group = (first + done) // repeat // GROUP
-        for code in range(256):
-            table[code] = nf4.MAP8[code] * absmax2[group] + offset
-
-        end = min(count, (group + 1) * GROUP * repeat - first)
-        if repeat == 1:
-            for i in range(np.uint64(done), np.uint64(end)):
-                out[i] = table[codes[np.uint64(first) + i]]
-        else:
-            for i in range(done, end):
-                out[i] = table[codes[(first + i) // repeat]]
-        done = end
+    Returns the number of the first group.
+    """
+    group_size = GROUP * call.block_size
+    first = top * call.I // group_size
+    last = (end * call.I - 1) // group_size
+    absmax2 = _floats(call.absmax2, last + 1)
+    offset = _floats(call.offset, 1)[0]
+    for g in range(first, last + 1):
+        row, scale = out[g - first], absmax2[g]
+        for code in range(np.uint64(256)):
+            row[code] = nf4.MAP8[code] * scale + offset
+    return first
 
 
 @jit
@@ -184,14 +192,20 @@ def _widen(x: Any, first: int, out: Any) -> None:
 @jit
 def _down(call: Any, x: Any, z: Any, m: int) -> None:
     """z[m] = scale x A^T for one row x, float32."""
-    A = carray(pointer(call.A), call.r * call.I, np.float32)
+    A = _floats(call.A, call.r * call.I)
     for j in range(call.r):
         product = _dot(A, j * call.I, x, 0, call.I)
         z[m * call.r + j] = call.scale * product
 
 
 @jit
-def _even_odd(x: Any, M: int, size: int, out: Any, start: int) -> None:
+def _even_odd(
+    x: Any,
+    M: int,
+    size: int,
+    out: Any,
+    start: int,
+) -> None:
     """out [blocks, size, 2, 32] from x [M, I]: each block's even elements, then its odd ones.
 
     Rows of `out` that x does not have are zero.
@@ -199,28 +213,25 @@ def _even_odd(x: Any, M: int, size: int, out: Any, start: int) -> None:
     blocks = x.size // M // 64
     for k in range(blocks):
         for m in range(size):
-            target = np.uint64(start + (k * size + m) * 64)
-            source = np.uint64((m * blocks + k) * 64)
-            for i in range(np.uint64(32)):
-                even, odd = np.uint16(0), np.uint16(0)
-                if m < M:
-                    even, odd = x[source + 2 * i], x[source + 2 * i + 1]
-                out[target + i] = even
-                out[target + 32 + i] = odd
+            target = start + (k * size + m) * 64
+            if m < M:
+                even_odd_64(x, (m * blocks + k) * 64, out, target)
+            else:
+                out[target : target + 64] = 0
 
 
 def _bfloat16_rows(address: int, start: int, stop: int) -> None:
     """y[:, start:stop] of a call with bfloat16 x and y, for up to 16 rows of x at a time."""
     call = carray(pointer(address), 1, _CALL)[0]
     O, I, r = call.O, call.I, call.r
-    blocks = I // 64
-    packed = carray(pointer(call.packed), O * I // 2, np.uint8)
-    levels = carray(pointer(call.levels), 16, np.float32)
-    B = carray(pointer(call.B), O * r, np.float32)
-    x = carray(pointer(call.x), call.M * I, np.uint16)
-    y = carray(pointer(call.y), call.M * O, np.uint16)
+    n = O * I // call.block_size
+    absmax = _floats(call.absmax, n)
+    codes = _bytes(call.absmax, n)
+    x = _halves(call.x, call.M * I)
+    y = _halves(call.y, call.M * O)
 
-    scales = np.empty((_TILE + _BEYOND) * blocks, np.float32)
+    groups = _TILE * I // call.block_size // GROUP + 2
+    table = np.empty((groups, 256), np.float32)
     sums = np.empty((_TILE + _BEYOND) * 16, np.float32)
     bits = sums.view(np.uint32)
     row = np.empty(I, np.float32)
@@ -231,8 +242,8 @@ def _bfloat16_rows(address: int, start: int, stop: int) -> None:
 
     for top_x in range(0, call.M, 16):
         M = min(16, call.M - top_x)
-        rows = x[top_x * I : (top_x + M) * I]
         size = 1 if call.M == 1 else 4 if M <= 4 else 8 if M <= 8 else 16
+        rows = x[top_x * I : (top_x + M) * I]
         _even_odd(rows, M, size, even_odd, aligned)
         for m in range(M if r else 0):
             _widen(rows, m * I, row)
@@ -240,27 +251,55 @@ def _bfloat16_rows(address: int, start: int, stop: int) -> None:
 
         for top in range(start, stop, _TILE):
             end = min(stop, top + _TILE)
-            _scales(call, 64, top * blocks, (end - top) * blocks, scales)
-            _tile(packed, levels, scales, even_odd, aligned, sums, size, blocks, top, end)
+            if call.absmax2 == 0:
+                _tile(call, absmax, table, 0, even_odd, aligned, sums, size, top, end)
+            else:
+                group = _fill_table(call, top, end, table)
+                _tile(call, codes, table, group, even_odd, aligned, sums, size, top, end)
 
-            for o in range(top, end):
-                for m in range(M):
-                    i = (o - top) * size + m
-                    if r:
-                        sums[i] += _dot(B, o * r, z, m * r, r)
-                    y[(top_x + m) * O + o] = nf4.rounded_to_bfloat16(bits[i])
+            if r:
+                _add_update(call, z, M, sums, size, top, end)
+            for m in range(M):
+                row_of_y = y[(top_x + m) * O :]
+                _round(bits[m:], size, row_of_y[top:end])
+
+
+@jit
+def _add_update(
+    call: Any,
+    z: Any,
+    M: int,
+    sums: Any,
+    size: int,
+    top: int,
+    end: int,
+) -> None:
+    """sums [end - top, size] += z B^T, for rows [top, end) of B."""
+    r = call.r
+    B = _floats(call.B, call.O * r)
+    for o in range(top, end):
+        for m in range(M):
+            update = _dot(B, o * r, z, m * r, r)
+            sums[(o - top) * size + m] += update
+
+
+@jit
+def _round(bits: Any, step: int, out: Any) -> None:
+    """out = every step-th number of `bits`, float32, as bfloat16 bits."""
+    for i in range(np.uint64(out.size)):
+        out[i] = nf4.rounded_to_bfloat16(bits[i * np.uint64(step)])
 
 
 @jit
 def _tile(
-    packed: Any,
-    levels: Any,
-    scales: Any,
+    call: Any,
+    absmax: Any,
+    table: Any,
+    group: int,
     x: Any,
     start: int,
     sums: Any,
     size: int,
-    blocks: int,
     top: int,
     end: int,
 ) -> None:
@@ -268,8 +307,13 @@ def _tile(
 
     As many rows of W at a time as leave a register for each of their sums.
     """
+    packed = _bytes(call.packed, call.O * call.I // 2)
+    levels = _floats(call.levels, 16)
+    blocks = call.I // 64
+    shift = 0
+    while 64 << shift < call.block_size:
+        shift += 1
     sums[:] = 0
-    width = 32 * blocks
     step = _PASS // size
 
     for k in range(0, blocks, step):
@@ -278,27 +322,20 @@ def _tile(
 
         o = top
         while o < end:
-            at, rest = o * width + 32 * k, end - 1 - o
-            s, y = (o - top) * blocks + k, (o - top) * size
+            arrays = packed, absmax, table, levels, x, sums
+            block, last, target = o * blocks + k, end - 1 - o, (o - top) * size
+            sizes = block, blocks, last, shift, group, at_x, n, target
             if size == 1:
-                add_products(
-                    8, 1, packed, at, width, rest, x, at_x, scales, s, blocks, levels, n, sums, y
-                )
+                add_products(8, 1, arrays, sizes)
                 o += 8
             elif size == 4:
-                add_products(
-                    4, 4, packed, at, width, rest, x, at_x, scales, s, blocks, levels, n, sums, y
-                )
+                add_products(4, 4, arrays, sizes)
                 o += 4
             elif size == 8:
-                add_products(
-                    2, 8, packed, at, width, rest, x, at_x, scales, s, blocks, levels, n, sums, y
-                )
+                add_products(2, 8, arrays, sizes)
                 o += 2
             else:
-                add_products(
-                    1, 16, packed, at, width, rest, x, at_x, scales, s, blocks, levels, n, sums, y
-                )
+                add_products(1, 16, arrays, sizes)
                 o += 1
 
 
@@ -306,31 +343,41 @@ def _float32_rows(address: int, start: int, stop: int) -> None:
     """y[:, start:stop] of a call with float32 x and y, on any processor."""
     call = carray(pointer(address), 1, _CALL)[0]
     O, I, M, r = call.O, call.I, call.M, call.r
-    chunk = min(64, call.block_size)
-    packed = carray(pointer(call.packed), O * I // 2, np.uint8)
-    levels = carray(pointer(call.levels), 16, np.float32)
-    B = carray(pointer(call.B), O * r, np.float32)
-    x = carray(pointer(call.x), M * I, np.float32)
-    y = carray(pointer(call.y), M * O, np.float32)
+    B = _floats(call.B, O * r)
+    x = _floats(call.x, M * I)
+    y = _floats(call.y, M * O)
 
-    scales = np.empty(I // chunk, np.float32)
     W = np.empty(I, np.float32)
-    bits = W.view(np.uint32)
     z = np.empty(M * r, np.float32)
     for m in range(M if r else 0):
         _down(call, x[m * I : (m + 1) * I], z, m)
 
     for o in range(start, stop):
-        _scales(call, chunk, o * scales.size, scales.size, scales)
-        for k in range(scales.size):
-            source = o * I + k * chunk
-            if AVX512 and chunk == 64:
-                look_up_64(packed, source // 2, levels, scales[k], bits, k * 64)
-            else:
-                nf4.look_up(packed, source, levels, scales[k], bits, k * chunk, chunk)
-
+        _decode(call, o, W)
         for m in range(M):
             total = _dot(W, 0, x, m * I, I)
             if r:
                 total += _dot(B, o * r, z, m * r, r)
             y[m * O + o] = total
+
+
+@jit
+def _decode(call: Any, o: int, out: Any) -> None:
+    """out = row o of W."""
+    blocks = call.I // call.block_size
+    n = call.O * call.I
+    packed = _bytes(call.packed, n // 2)
+    absmax = _floats(call.absmax, call.O * blocks)
+    levels = _floats(call.levels, 16)
+    weight = (n, call.block_size, blocks)
+    row = (0, blocks, o)
+    bits = out.view(np.uint32)
+
+    if call.absmax2 == 0:
+        none, zero = absmax[:0], np.float32(0)
+        nf4.decode(packed, absmax, none, zero, levels, bits, weight, row, o, o + 1)
+    else:
+        codes = _bytes(call.absmax, call.O * blocks)
+        absmax2 = _floats(call.absmax2, -(-codes.size // GROUP))
+        offset = _floats(call.offset, 1)[0]
+        nf4.decode(packed, codes, absmax2, offset, levels, bits, weight, row, o, o + 1)

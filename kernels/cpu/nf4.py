@@ -273,7 +273,7 @@ def look_up(
 
 
 @jit
-def _dequantize(
+def decode(
     packed: Any,
     absmax: Any,
     absmax2: Any,
@@ -347,17 +347,17 @@ def _dequantize_rows(address: int, start: int, stop: int) -> None:
         none = absmax[:0]
         zero = np.float32(0)
         if call.itemsize == 2:
-            _dequantize(packed, absmax, none, zero, levels, out16, weight, tile, start, stop)
+            decode(packed, absmax, none, zero, levels, out16, weight, tile, start, stop)
         else:
-            _dequantize(packed, absmax, none, zero, levels, out32, weight, tile, start, stop)
+            decode(packed, absmax, none, zero, levels, out32, weight, tile, start, stop)
     else:
         codes = carray(pointer(call.absmax), blocks, np.uint8)
         absmax2 = carray(pointer(call.absmax2), -(-blocks // GROUP), np.float32)
         offset = carray(pointer(call.offset), 1, np.float32)[0]
         if call.itemsize == 2:
-            _dequantize(packed, codes, absmax2, offset, levels, out16, weight, tile, start, stop)
+            decode(packed, codes, absmax2, offset, levels, out16, weight, tile, start, stop)
         else:
-            _dequantize(packed, codes, absmax2, offset, levels, out32, weight, tile, start, stop)
+            decode(packed, codes, absmax2, offset, levels, out32, weight, tile, start, stop)
 
 
 def dequantize_tile(

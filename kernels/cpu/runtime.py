@@ -70,26 +70,28 @@ def name_for_cache(function: Callable[..., Any]) -> None:
     holds it, not of the files that its helpers come from. So the function's name gets a digest of
     all of them.
     """
-    function.__qualname__ += f"_{_SOURCES}"
+    # Once, also if compiling it fails and is tried again.
+    function.__qualname__ = f"{function.__name__}_{_SOURCES}"
 
 
-def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Compiles `function` at its first call, without the GIL, and caches the machine code on disk.
 
     See `name_for_cache`.
     """
     name_for_cache(function)
-    options: dict[str, Any] = {
-        "nogil": True,
-        "boundscheck": False,
-        "error_model": "numpy",
-    }
+    options |= {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 
     try:
         return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
     except RuntimeError:
         # Neither the package's folder nor the user's cache folder is writable.
         return numba.njit(**options)(function)  # type: ignore[no-any-return]
+
+
+def jit_reordered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jit` for a sum, whose terms may be added in any order: else LLVM does not vectorise it."""
+    return jit(function, fastmath={"reassoc"})
 
 
 def array(t: Tensor) -> Any:

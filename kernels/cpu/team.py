@@ -76,6 +76,12 @@ def pointer(typing: Any, address: Any) -> Any:
     return types.voidptr(types.intp), build
 
 
+@runtime.jit
+def elements(address: int, dtype: Any, start: int, stop: int) -> Any:
+    """Elements [start, stop) of the array at an address, flat."""
+    return numba.carray(pointer(address), stop, dtype)[start:]
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _call(typing: Any, kernel: Any, address: Any, start: Any, stop: Any) -> Any:
     """Calls a kernel by its address."""
@@ -112,6 +118,11 @@ def compiled(function: Callable[..., None], signature: Any = _KERNEL) -> Any:
         return numba.cfunc(signature, **options)(function)
 
 
+@functools.cache
+def _address_of_share() -> int:
+    return int(compiled(_share, types.void(types.intp)).address)
+
+
 def run(
     function: Callable[..., None],
     call: ctypes.Structure,
@@ -131,5 +142,4 @@ def run(
         runtime.run(kernel.ctypes, address, rows=(0, rows), grain=grain)
         return
     call.kernel = kernel.address
-    team = compiled(_share, types.void(types.intp))
-    _parallel(team.address, address, threads, 0)
+    _parallel(_address_of_share(), address, threads, 0)

@@ -1,7 +1,7 @@
 """A faster and smaller training step for transformers models, with the same result.
 
     attention      computed in large products, and again in the backward    attention.py
-    norms, MLPs    fewer tensors kept for the backward                      efficient_modules.py
+    norms, MLPs    fewer passes, and fewer tensors kept for the backward    efficient_modules.py
 
 `efficient_training` looks for what it knows how to replace, compares each replacement with the
 original on random inputs, and leaves alone whatever it does not recognise. On leaving, everything
@@ -47,11 +47,12 @@ class Replaced:
 def efficient_training(model: nn.Module) -> Iterator[Replaced]:
     """Inside the block, training takes less time and memory for the same loss.
 
-    Norms and gated MLPs give the same bits; the attention's error against float64 is no larger than
-    that of PyTorch's. Only the attention of models that use "sdpa" is replaced, on the CPU, where
-    it can be compared on two rows of tokens. Everything goes together with gradient checkpointing,
-    generation, saving and loading; what torch.compile traces, it traces as the model was before. A
-    deep copy of the model has the plain modules.
+    The error of each part against float64 is no larger than that of PyTorch's operations. Gated
+    MLPs give the same bits; with SiLU in float32 on the CPU, the last ones may differ. Only the
+    attention of models that use "sdpa" is replaced, on the CPU, where it can be compared on two
+    rows of tokens. Everything goes together with gradient checkpointing, generation, saving and
+    loading; what torch.compile traces, it traces as the model was before. A deep copy of the model
+    has the plain modules.
 
     Args:
         model: a transformers model, with adapters or without, or a module that contains one.

@@ -1,30 +1,36 @@
-r"""Norms and gated MLPs that keep less for the backward, with the same output bit for bit.
+r"""Norms and gated MLPs that keep less for the backward, and compute in fewer passes.
 
     RMSNorm    y = w n,  n = x r,  r = 1 / sqrt(mean(x^2) + eps)
-               dn = w dy,  dx = r (dn - n mean(dn n))
 
     gated MLP  y = down(act(g) * u),  g = gate(x),  u = up(x)
 
 The modules of transformers compute a norm in float32, and autograd keeps the float32 copy of x:
 twice the bytes of a bfloat16 x. Here x itself is kept, and one r per token. Of a gated MLP autograd
-keeps g, act(g) and u; here act(g) is computed again in the backward, by the module's own function.
+keeps g, act(g) and u; here act(g) is computed again in the backward.
 
-A module is recognised by its structure, and then by its numbers: on random inputs the output has to
-be equal in every bit, in the dtype of the model. A norm whose weight is trained, and every norm
-under autocast, computes as before.
+On the CPU, a norm and a product with SiLU are kernels of one pass (kernels/cpu/rms_norm.py and
+swiglu.py), which round where PyTorch rounds. Of a norm, the mean may differ by its last bits; of
+SiLU, exp, which no result in bfloat16 shows. Everything else gives the same bits: the formulas of
+kernels/reference, and other activations by the module's own function.
+
+A module is recognised by its structure, and then by its numbers: on random inputs its output has to
+equal its formula's in every bit, in the dtype of the model. A norm whose weight is trained, and
+every norm under autocast, computes as before.
 """
 
 import copy
+import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-# y of a normalized n [..., I] in float32, a weight w [I] and the dtype of x.
-Formula = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+from minilora.kernels.reference.rms_norm import Weighting, rms_norm
 
 # How modules name the eps of a norm.
 _EPS = ("variance_epsilon", "eps")
@@ -32,26 +38,18 @@ _EPS = ("variance_epsilon", "eps")
 # Modules are compared on inputs of these sizes: small ones show an eps, large ones a clamp.
 _SCALES = torch.tensor([1e-3, 1.0, 1e3]).view(3, 1, 1)
 
+# Where modules keep the hooks of their calls.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
 # The linear layers of a gated MLP.
 _GATED = ("gate_proj", "up_proj", "down_proj")
 
 
-def _weight_after(n: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
-    """Llama, Mistral, Qwen, T5: rounded to the dtype, then weighted."""
-    return w * n.to(dtype)
-
-
-def _weight_before(n: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
-    """OLMo 2: weighted in float32, then rounded."""
-    return (w * n).to(dtype)
-
-
-def _one_plus_weight(n: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gemma: the weight is stored as its difference from 1."""
-    return (n * (1.0 + w.float())).to(dtype)
-
-
-_FORMULAS: tuple[Formula, ...] = (_weight_after, _weight_before, _one_plus_weight)
+def _kernels(file: str, *tensors: Tensor) -> Any:
+    """The kernels for these tensors: on the CPU fused ones, elsewhere PyTorch's operations."""
+    plain = all(t.is_cpu and type(t) in (Tensor, nn.Parameter) for t in tensors)
+    backend = "cpu" if plain and not is_in_torch_dispatch_mode() else "reference"
+    return importlib.import_module(f"minilora.kernels.{backend}.{file}")
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -63,28 +61,40 @@ class _RMSNorm(torch.autograd.Function):
         x: Tensor,
         w: Tensor,
         eps: float,
-        formula: Formula,
+        weighting: Weighting,
     ) -> Tensor:
-        x32 = x.float()
-        mean = x32.pow(2).mean(-1, keepdim=True)
-        r = torch.rsqrt(mean + eps)
+        kernels = _kernels("rms_norm", x, w)
+        y, r = kernels.rms_norm(x, w, eps, weighting)
         ctx.save_for_backward(x, w, r)
-        ctx.plus = 1.0 if formula is _one_plus_weight else 0.0
-        return formula(x32 * r, w, x.dtype)
+        ctx.weighting = weighting
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, w, r = ctx.saved_tensors
-        n = x * r  # float32: r is
-        dn = dy * (w.float() + ctx.plus)
-        mean = (dn * n).mean(-1, keepdim=True)
-        dx = dn.sub_(n.mul_(mean)).mul_(r)
-        return dx.to(x.dtype), None, None, None
+        kernels = _kernels("rms_norm", dy, x, w, r)
+        dx = kernels.rms_norm_backward(dy, x, w, r, ctx.weighting)
+        return dx, None, None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """y = silu(g) * u; keeps g and u."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, u: Tensor) -> Tensor:
+        ctx.save_for_backward(g, u)
+        return _kernels("swiglu", g, u).swiglu(g, u)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        g, u = ctx.saved_tensors
+        return _kernels("swiglu", dy, g, u).swiglu_backward(dy, g, u)
 
 
 class _GatedProduct(torch.autograd.Function):
-    """y = act(g) * u; keeps g and u."""
+    """y = act(g) * u for any other activation; keeps g and u."""
 
     @staticmethod
     def forward(
@@ -129,7 +139,7 @@ class EfficientNorm(EfficientModule):
     """An RMSNorm with a frozen weight."""
 
     # Both are set by `efficient_class`: what the norm computes, and in which dtype it was compared.
-    formula: Formula
+    weighting: Weighting
     probed: torch.dtype
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,19 +150,29 @@ class EfficientNorm(EfficientModule):
         if norm.weight.requires_grad or x.dtype != self.probed:
             return super().forward(x)  # type: ignore[misc, no-any-return]
         apply: Any = _RMSNorm.apply
-        return apply(x, norm.weight, _eps(norm), self.formula)  # type: ignore[no-any-return]
+        return apply(x, norm.weight, _eps(norm), self.weighting)  # type: ignore[no-any-return]
 
 
 class EfficientGatedMLP(EfficientModule):
     """An MLP down(act(gate(x)) * up(x))."""
 
+    # Set by `efficient_class`: the module's activation if that computes SiLU.
+    silu: Callable[[Tensor], Tensor] | None
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return super().forward(x)  # type: ignore[misc, no-any-return]
         mlp: Any = self
-        g, u = mlp.gate_proj(x), mlp.up_proj(x)
-        product = _GatedProduct.apply(g, u, mlp.act_fn)  # type: ignore[no-untyped-call]
+        g, u, act = mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn
+        if act is self.silu and not _has_hooks(act):
+            product = _SwiGLU.apply(g, u)  # type: ignore[no-untyped-call]
+        else:
+            product = _GatedProduct.apply(g, u, act)  # type: ignore[no-untyped-call]
         return mlp.down_proj(product)  # type: ignore[no-any-return]
+
+
+def _has_hooks(module: Any) -> bool:
+    return any(getattr(module, name, None) for name in _HOOKS)
 
 
 def efficient_class(module: nn.Module) -> type[nn.Module] | None:
@@ -171,13 +191,12 @@ def efficient_class(module: nn.Module) -> type[nn.Module] | None:
         return None
     if _is_norm(module):
         probed = module.weight.dtype
-        for formula in _FORMULAS:
-            if _same_norm(module, formula):
-                return _subclass(
-                    module, EfficientNorm, formula=staticmethod(formula), probed=probed
-                )
+        for weighting in Weighting:
+            if _same_norm(module, weighting):
+                return _subclass(module, EfficientNorm, weighting=weighting, probed=probed)
     if _is_gated(module) and _same_gated(module):
-        return _subclass(module, EfficientGatedMLP)
+        silu: Any = module.act_fn if _is_silu(module) else None
+        return _subclass(module, EfficientGatedMLP, silu=staticmethod(silu))
     return None
 
 
@@ -224,17 +243,18 @@ def _takes_one_tensor(module: nn.Module) -> bool:
     return len(inspect.signature(module.forward).parameters) == 1
 
 
-def _same_norm(module: Any, formula: Formula) -> bool:
+def _same_norm(module: Any, weighting: Weighting) -> bool:
     weight: Tensor = module.weight
     generator = torch.Generator().manual_seed(0)
     x = _SCALES * torch.randn(3, 5, len(weight), generator=generator)
     # One value alone has the largest n that there is, sqrt(I).
     x[-1, -1, 1:] = 0
 
-    def ours(x: Tensor) -> Any:
-        return _RMSNorm.apply(x, weight, _eps(module), formula)  # type: ignore[no-untyped-call]
+    def formula(x: Tensor) -> Tensor:
+        y, _ = rms_norm(x, weight, cast(float, _eps(module)), weighting)
+        return y
 
-    return _same_output(module, ours, x.to(weight.device, weight.dtype))
+    return _same_output(module, formula, x.to(weight.device, weight.dtype))
 
 
 def _same_gated(module: nn.Module) -> bool:
@@ -248,11 +268,25 @@ def _same_gated(module: nn.Module) -> bool:
     # Shares everything with the module but its linear layers.
     sample: Any = copy.copy(module)
     sample.__dict__["_modules"] = {**module._modules, **small}
-    return _same_output(sample, lambda x: EfficientGatedMLP.forward(sample, x), x)
+
+    def formula(x: Tensor) -> Any:
+        product = sample.act_fn(sample.gate_proj(x)) * sample.up_proj(x)
+        return sample.down_proj(product)
+
+    return _same_output(sample, formula, x)
 
 
 @torch.no_grad()
-def _same_output(module: nn.Module, ours: Callable[[Tensor], Any], x: Tensor) -> bool:
+def _is_silu(module: Any) -> bool:
+    """Whether an MLP's activation gives the bits of SiLU for every finite bfloat16 number."""
+    bits = torch.arange(1 << 16).to(torch.int16)
+    values = bits.view(torch.bfloat16)
+    values = values[values.isfinite()].to(module.gate_proj.weight.dtype)
+    return torch.equal(module.act_fn(values), F.silu(values))
+
+
+@torch.no_grad()
+def _same_output(module: nn.Module, formula: Callable[[Tensor], Any], x: Tensor) -> bool:
     """Whether a function gives a module's bits; False: the module's forward wants something else.
 
     The forward is called and not the module, so that no hook sees the comparison.
@@ -262,6 +296,6 @@ def _same_output(module: nn.Module, ours: Callable[[Tensor], Any], x: Tensor) ->
             expected = type(module).forward(module, x)
         except Exception:
             return False
-        found = ours(x)
+        found = formula(x)
     same_dtype = isinstance(expected, Tensor) and found.dtype == expected.dtype
     return same_dtype and torch.equal(found, expected)

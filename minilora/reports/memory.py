@@ -161,13 +161,10 @@ def kept_per_block(d: Decoder, a: Adapters, batch: Batch) -> dict[str, int]:
     # gate and up, and of transformers' modules act(gate); or what the activation is applied to.
     factors = (2 if batch.efficient else 3) if d.gated else 1
 
-    # Queries, keys and values. PyTorch's attention also keeps its output, which then is the input
-    # of the next layer as well, and a float32 of the softmax for each head.
-    attention = c * (d.attention + 2 * d.keys)
-    inputs = a.inputs
-    if not batch.efficient:
-        attention += c * d.attention + FLOAT * d.heads
-        inputs -= a.output
+    # Queries, keys, values and output, which is the input of the next layer as well, and a float32
+    # of the softmax for each head.
+    attention = c * (2 * d.attention + 2 * d.keys) + FLOAT * d.heads
+    inputs = a.inputs - a.output
 
     if batch.keeps_masks:
         # Each layer's drop(x), and its mask.

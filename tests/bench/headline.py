@@ -19,10 +19,12 @@ afterwards.
 import argparse
 import contextlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,7 +126,7 @@ def in_memory(device: torch.device) -> RandomBytes:
 
 @contextlib.contextmanager
 def mapped_file(folder: Path, size: int) -> Iterator[RandomBytes]:
-    """Random bytes from a file of `size` bytes that is mapped privately, and removed at the end.
+    """Random bytes from a file of `size` bytes that is mapped, and removed at the end.
 
     Raises:
         SystemExit: the disk has no room for it.
@@ -144,7 +146,7 @@ def mapped_file(folder: Path, size: int) -> Iterator[RandomBytes]:
             file.write(chunk)
             left -= len(chunk)
         file.flush()
-        whole = torch.from_file(file.name, shared=False, size=size, dtype=torch.uint8)
+        whole = _read_only(file.fileno(), size)
         at = 0
 
         def take(n: int) -> Tensor:
@@ -155,6 +157,14 @@ def mapped_file(folder: Path, size: int) -> Iterator[RandomBytes]:
             return part
 
         yield take
+
+
+def _read_only(file: int, size: int) -> Tensor:
+    """Maps a file. Pages that could be written to would need memory, and 32 GB of it be refused."""
+    memory = mmap.mmap(file, size, access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def mapped_size(model: nn.Module) -> int:

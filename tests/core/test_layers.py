@@ -155,3 +155,20 @@ def test_repr_says_what_a_layer_is() -> None:
 def test_a_quantized_layer_has_a_matrix_for_a_weight() -> None:
     with pytest.raises(ValueError, match="two dimensions"):
         NF4Linear(minilora.quantize_nf4(torch.ones(2, 3, 4)))
+
+
+@pytest.mark.parametrize("replaced", ["A", "B"])
+def test_a_factor_that_is_no_parameter_any_more_takes_part(replaced: str) -> None:
+    """Sharding and weight normalization put a plain tensor in the parameter's place."""
+    layer = QLoRALinear(NF4Linear.from_linear(random_linear(32, 64)), r=4)
+    adapter, x = layer.adapters["default"], torch.ones(2, 64, dtype=torch.float64)
+    torch.nn.init.ones_(adapter.B)
+    factor = 2 * getattr(adapter, replaced).detach()
+    with torch.no_grad():
+        layer.active = ()
+        base = layer(x)
+        layer.active = ("default",)
+        update = layer(x) - base
+        delattr(adapter, replaced)
+        setattr(adapter, replaced, factor)
+        torch.testing.assert_close(layer(x) - base, 2 * update)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from helpers import gaussian, same_bits
 from torch import Tensor
 
-from minilora.huggingface.attention import MIN_LENGTH, attention_forward, block_attention, covers
+from minilora.huggingface.attention import MIN_LENGTH, attention_forward, covers, cpu_attention
 
 Masks = Callable[[int, int], Tensor | None]
 
@@ -83,7 +83,7 @@ def pytorch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) 
 
 
 def blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    return block_attention(q, k, v, mask, causal=causal, scale=q.shape[-1] ** -0.5)
+    return cpu_attention(q, k, v, mask, causal=causal, scale=q.shape[-1] ** -0.5)
 
 
 def with_gradients(
@@ -142,8 +142,9 @@ def test_a_mask_of_nothing_gives_zeros() -> None:
     assert not any(t.any() for t in with_gradients(blocks, given, mask, False))
 
 
-def test_only_the_inputs_are_kept_for_the_backward() -> None:
-    q, k, v, _ = (t.requires_grad_() for t in inputs(SHAPES["grouped"], torch.bfloat16))
+def test_inputs_and_output_are_kept_for_the_backward_and_a_number_per_query() -> None:
+    shape = SHAPES["grouped"]
+    q, k, v, _ = (t.requires_grad_() for t in inputs(shape, torch.bfloat16))
     kept: list[Tensor] = []
 
     def pack(t: Tensor) -> Tensor:
@@ -151,9 +152,11 @@ def test_only_the_inputs_are_kept_for_the_backward() -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        blocks(q, k, v, None, True)
-    pointers = {t.untyped_storage().data_ptr() for t in kept}
-    assert pointers == {t.untyped_storage().data_ptr() for t in (q, k, v)}
+        out = blocks(q, k, v, None, True)
+    tensors = {t.untyped_storage().data_ptr() for t in (q, k, v, out)}
+    (lse,) = (t for t in kept if t.untyped_storage().data_ptr() not in tensors)
+    B, H, _, L, _ = shape
+    assert lse.shape == (B, H, L) and lse.dtype == torch.float32
 
 
 def test_the_same_bits_every_time_and_for_any_layout_of_the_inputs() -> None:

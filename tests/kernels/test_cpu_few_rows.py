@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import minilora
+from minilora import NF4Weight
 from minilora.kernels.cpu import few_rows as module
 from minilora.kernels.cpu import team
 from minilora.kernels.cpu.avx512 import AVX512_BF16
 from minilora.kernels.cpu.few_rows import few_rows, is_faster
+from minilora.kernels.reference.nf4 import double_dequantize
 
 BF16 = torch.bfloat16
 needs_bf16 = pytest.mark.skipif(not AVX512_BF16, reason="the processor has no AVX512-BF16")
@@ -91,6 +93,43 @@ def test_a_product_is_within_the_bound_of_float64(
         assert y.dtype == x.dtype and y.shape == (M, O)
         error = (y.double() - exact(x, w, A, B, scale)).abs()
         assert (error <= bound(kernel, x, w, A, B, scale)).all()
+
+
+def weight_of_ones(O: int, blocks: int, block_size: int, double_quant: bool) -> NF4Weight:
+    """A weight whose levels are all 1, so that every element is its block's absmax."""
+    shape, n = torch.Size((O, blocks * block_size)), O * blocks
+    scales: tuple[Any, ...] = (gaussian(n).abs(), None, None)
+    if double_quant:
+        codes = torch.randint(256, (n,), generator=torch.Generator().manual_seed(0))
+        scales = codes.to(torch.uint8), gaussian(-(-n // 256), seed=1).abs(), torch.tensor(3.7)
+    packed = torch.full((shape.numel() // 2,), 0xFF, dtype=torch.uint8)
+    return NF4Weight(packed, *scales, shape, torch.float32, block_size)
+
+
+@pytest.mark.parametrize("kernel", kernels())
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("block_size", [64, 128, 256])
+def test_the_absmax_of_every_block_is_the_stored_one_bit_for_bit(
+    kernel: str, double_quant: bool, block_size: int
+) -> None:
+    """Also where a row of W has blocks of two groups: 150 rows of 5 blocks, 256 blocks per group.
+
+    A row of the identity picks one absmax per row of W. An update of minus that absmax leaves 0
+    only if it is the same float32 number.
+    """
+    O, blocks, dtype = 150, 5, KERNELS[kernel][0]
+    w = weight_of_ones(O, blocks, block_size, double_quant)
+    absmax = w.absmax if w.absmax2 is None else double_dequantize(*w.tensors[1:])
+    absmax = absmax.view(O, blocks)
+    x = torch.eye(w.shape[1], dtype=dtype)[::block_size]
+    for k in range(blocks):
+        row, minus = x[k : k + 1], -absmax[:, k : k + 1].contiguous()
+        assert not few_rows(row, w, row, minus, 1.0).any()
+
+    # Groups of 4, 8 and 16 rows of x scale the levels instead, and round them.
+    for rows in (x[:3], x, x.repeat(3, 1)):
+        picked = absmax.T.to(dtype).repeat(3, 1)[: len(rows)]
+        assert torch.equal(few_rows(rows, w), picked)
 
 
 @needs_bf16

@@ -1,9 +1,11 @@
-"""The bytes of the tensors that are alive, counted storage by storage while a block runs."""
+"""The bytes of the tensors that are alive, or that autograd keeps, counted storage by storage."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -52,3 +54,21 @@ class LiveMemory(TorchDispatchMode):
 def parameter_bytes(module: torch.nn.Module) -> int:
     """Bytes of a module's parameters; a tied one counts once."""
     return sum(p.nbytes for p in module.parameters())
+
+
+def kept_bytes(run: Callable[[], Any], frozen: nn.Module) -> int:
+    """Bytes that autograd keeps for the backward, each storage once, without the parameters."""
+    found: dict[int, int] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in frozen.parameters()}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            found[storage.data_ptr()] = storage.nbytes()
+        kept.append(t)
+        return t
+
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(found.values())

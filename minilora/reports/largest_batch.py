@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from minilora.reports.formatting import format_bytes
 from minilora.reports.memory import Run
-from minilora.reports.plans import Plan
+from minilora.reports.plan_result import Plan
 from minilora.reports.tables import Table
 
 # What a plan does not count: a GPU's context, a library's workspaces, and the space between tensors
