@@ -24,10 +24,16 @@ LAYOUT = {
 }
 
 
+# Kernels of what `efficient_training` replaces: attention, norms, MLPs. LoRA and NF4 do without.
+STEP = {"attention", "scores", "heads", "words", "products"}
+STEP |= {"rms_norm", "swiglu", "exponential", "floats"}
+
+
 def core_files() -> list[Path]:
     """The files of the core, in the order of their paths."""
     package = [p for p in (ROOT / "minilora").glob("*.py") if p.name not in FACADE]
-    return sorted([*package, *(ROOT / "kernels" / "reference").glob("*.py")])
+    reference = [p for p in (ROOT / "kernels" / "reference").glob("*.py") if p.stem not in STEP]
+    return sorted([*package, *reference])
 
 
 def library_files() -> list[Path]:
