@@ -244,7 +244,7 @@ function memory(settings) {
   return { parameters, trainable, phases: found, phase, peak: total(found[phase]) };
 }
 
-// As in minilora/reports/fitting.py: of a GPU's memory, what a run cannot use, and a batch that is
+// As in minilora/reports/largest_batch.py: of a GPU's memory, what a run cannot use, and a batch that is
 // large enough for everyone.
 const RESERVED = 1e9;
 const LARGEST_BATCH = 1024;

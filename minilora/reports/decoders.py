@@ -1,7 +1,7 @@
 """Finds the sizes of a decoder in its modules, for the formulas of memory.py.
 
-A module tree says more than the name of an architecture: which linear layers a block has, which
-of them share an input, and what is normalized.
+The modules say more than the name of an architecture: which linear layers a block has, which of
+them share an input, and what is normalized.
 """
 
 from collections.abc import Iterable, Mapping
@@ -41,7 +41,7 @@ def read_decoder(model: nn.Module) -> Decoder:
     norms = _norms(block)
     weights = [getattr(norm, "weight", None) for norm in norms.values()]
     if any(weight is None for weight in weights):
-        raise _unknown(model, "a norm of its has no weight")
+        raise _unknown(model, "one of its norms has no weight")
 
     # Those of queries and keys normalize head by head.
     per_head = {"q_norm": heads, "k_norm": key_heads}
@@ -66,11 +66,11 @@ def read_decoder(model: nn.Module) -> Decoder:
 
 
 def read_adapters(model: nn.Module, ranks: Mapping[str, int]) -> Adapters:
-    """Returns what adapters of these ranks, by the names of their layers, keep in one block.
+    """Returns what adapters of these ranks have in all blocks, and keep in one.
 
     Args:
         model: a model that `read_decoder` can read.
-        ranks: name of each adapted layer -> its rank. Blocks may differ: this is their mean.
+        ranks: name of each adapted layer -> its rank. If blocks differ, their mean is returned.
     """
     blocks, block, count = _blocks(model)
     layers = linear_layers(model)

@@ -9,7 +9,7 @@ from minilora.huggingface.base_model import check_not_4bit
 from minilora.huggingface.bundled import DEMO_MODEL, bundled_model_folder
 from minilora.huggingface.model_folder import is_4bit, read_config
 from minilora.huggingface.provenance import decide_quantize
-from minilora.reports.fitting import LENGTHS, RANKS, fit, parse_memory
+from minilora.reports.largest_batch import LENGTHS, RANKS, fit, parse_memory
 from minilora.reports.planning import named_model, plan
 from minilora.reports.shapes import is_shape, suggesting_shapes
 

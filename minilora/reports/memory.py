@@ -56,7 +56,7 @@ def total(kinds: Mapping[str, int]) -> int:
 
 
 def present(kinds: Mapping[str, int]) -> dict[str, int]:
-    """The kinds of memory that there is any of."""
+    """The kinds of memory that are not zero."""
     return {kind: n for kind, n in kinds.items() if n}
 
 
@@ -94,16 +94,16 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters of a decoder, and what one block's keep of a token.
+    """The adapters of a decoder, and what those of one block keep per token.
 
     Attributes:
         parameters: of all blocks together.
         ranks: sum of the ranks of a block's adapted layers.
         inputs: sum of the sizes of the inputs that they keep. An input that several layers share,
-            as the one of queries, keys and values, counts once.
+            such as that of queries, keys and values, counts once.
         output: the part of `inputs` that is the attention's output.
         product: the part of `inputs` that the last layer of the MLP keeps.
-        dropped: sum of the sizes of all their inputs, of which each has a dropout mask of its own.
+        dropped: sum of the sizes of all their inputs, each of which has its own dropout mask.
     """
 
     parameters: int
@@ -149,7 +149,7 @@ class Batch:
 
 
 def kept_per_block(d: Decoder, a: Adapters, batch: Batch) -> dict[str, int]:
-    """Returns what one block keeps of one token for the backward pass, in bytes, by what keeps it.
+    """Returns the bytes that one block keeps per token for the backward pass, by what keeps them.
 
     Example:
         >>> llama = Decoder(4096, 32, 32, 4096, 4096, 11008, 32000, True, 8192, 2, True)
@@ -208,8 +208,8 @@ class Activations:
     """Bytes of the activations at three moments of a step.
 
     Attributes:
-        forward: when the forward pass has come to the loss.
-        backward: the most in the backward pass before the first gradients, after the loss has its.
+        forward: when the forward pass reaches the loss.
+        backward: at most, in the backward pass before the first adapter has its gradients.
         last_block: in the backward pass of the block that comes last, the model's first.
     """
 
@@ -227,12 +227,12 @@ def activation_bytes(d: Decoder, a: Adapters, batch: Batch) -> Activations:
     """
     c, M = batch.compute_bytes, batch.tokens
     block_input = M * c * d.hidden
-    # In another dtype than the adapters', a copy of theirs is kept as well.
+    # If the compute dtype is not that of the adapters, a copy of them is kept as well.
     copies = c * a.parameters // d.layers if c < FLOAT else 0
     block = M * total(kept_per_block(d, a, batch)) + copies
 
     # Gradients of the product and of both factors, and of the block's output; in an efficient step
-    # act(gate) once more. What the last layer has kept is gone by then.
+    # also act(gate). What the last layer kept has been freed by then.
     widths = 4 if batch.efficient and d.gated else 3
     gone = 2 * a.product if batch.keeps_masks else a.product
     in_mlp = M * c * (widths * d.width + d.hidden - gone)
@@ -304,8 +304,8 @@ class Run:
 def full_finetuning(run: Run, parameters: int) -> Run:
     """Returns the run that trains every weight in the compute dtype, for comparison.
 
-    Weights, gradients and each of AdamW's two states have one size. Every linear layer keeps its
-    input, as with adapters on all of them, and every norm what its weight is multiplied with. The
+    Weights, gradients and each of AdamW's two states have the same size. Every linear layer keeps
+    its input, as with adapters on all of them, and every norm what its weight is multiplied by. The
     modules and the loss are those of transformers.
     """
     d = run.decoder

@@ -19,8 +19,8 @@ from minilora.nf4 import check_format
 from minilora.reports.decoders import read_adapters, read_decoder
 from minilora.reports.memory import READ_WINDOW, Batch, Run
 from minilora.reports.memory import nf4_bytes as nf4_bytes
-from minilora.reports.plans import Plan as Plan
-from minilora.reports.plans import Row as Row
+from minilora.reports.plan_result import Plan as Plan
+from minilora.reports.plan_result import Row as Row
 from minilora.reports.shapes import is_shape, shape_config, suggesting_shapes
 from minilora.surgery import Pattern
 from minilora.targets import (

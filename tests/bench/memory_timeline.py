@@ -177,7 +177,7 @@ def main() -> None:
     bench.begin(parser, options)
     names = ("dtype", "batch", "length", "checkpointing", "dropout")
     case = Case(**{name: getattr(options, name) for name in names})
-    print(f"{case}; MB are 10^6 bytes\n")
+    print(f"{case}; MB are 10⁶ bytes\n")
     arguments = {"folder": str(options.model or smollm2()), "case": case.to_dict()}
     arguments |= {"steps": options.steps}
     results = {}

@@ -65,7 +65,7 @@ def memory_timeline_block(results: bench.Result, folder: Path) -> str:
         f"{memory_timeline.largest_table(result)}"
         for side, result in results["sides"].items()
     ]
-    return f"{Case(**results['case'])}; MB are 10^6 bytes.\n\n" + "\n".join(tables)
+    return f"{Case(**results['case'])}; MB are 10⁶ bytes.\n\n" + "\n".join(tables)
 
 
 BLOCKS: dict[str, Callable[[bench.Result, Path], str]] = {

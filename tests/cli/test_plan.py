@@ -11,8 +11,8 @@ from transformers_folders import store_in_4bit
 
 import minilora
 from minilora.cli import app
-from minilora.reports.fitting import LENGTHS, RANKS
 from minilora.reports.formatting import format_bytes
+from minilora.reports.largest_batch import LENGTHS, RANKS
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:

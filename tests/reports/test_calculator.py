@@ -14,7 +14,7 @@ import browser
 import pytest
 
 import minilora
-from minilora.reports.fitting import RESERVED, largest_batch
+from minilora.reports.largest_batch import RESERVED, largest_batch
 from minilora.reports.memory import Run, full_finetuning
 from minilora.reports.shapes import SHAPES, shape_config
 

@@ -1,4 +1,4 @@
-"""What fits a GPU: the largest batch for each rank and length."""
+"""What fits a GPU: the largest batch size for each rank and length."""
 
 import re
 from collections.abc import Sequence
@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 
 from minilora.reports.formatting import format_bytes
 from minilora.reports.memory import Run
-from minilora.reports.plans import Plan
+from minilora.reports.plan_result import Plan
 from minilora.reports.tables import Table
 
-# What a plan does not count: a GPU's context, a library's workspaces, and the space between tensors
-# that an allocator cannot use.
+# What a plan does not count: a GPU's context, the workspaces of libraries, and memory that an
+# allocator cannot use because of fragmentation.
 RESERVED = 1_000_000_000
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 RANKS = (8, 16, 64)
 
-# Larger batches are all the same to a reader.
+# The table does not tell larger batches apart.
 LARGEST_BATCH = 1024
 
 _UNITS = {
@@ -29,10 +29,10 @@ _AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?([GM]i?B)?", re.ASCII | re.IGNORECASE)
 
 
 def parse_memory(text: str) -> int:
-    """Returns the bytes of a size as people write it: "24GB", "24 GiB", "80".
+    """Returns the bytes of an amount of memory: "24GB", "24 GiB", "80" (GB).
 
     Raises:
-        ValueError: it is not a size.
+        ValueError: it is not an amount of memory.
 
     Example:
         >>> parse_memory("24GB"), parse_memory("1.5 GiB")
@@ -47,9 +47,9 @@ def parse_memory(text: str) -> int:
 
 
 def largest_batch(run: Run, memory: int) -> int:
-    """Returns the largest batch size with which no phase of the run needs more; 0: not even 1.
+    """Returns the largest batch size for which no phase of the run needs more than `memory`.
 
-    At most `LARGEST_BATCH`.
+    At most `LARGEST_BATCH`; 0 if not even one sequence fits.
     """
 
     def fits(size: int) -> bool:

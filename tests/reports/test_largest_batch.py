@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 import minilora
-from minilora.reports.fitting import LARGEST_BATCH, RESERVED, fit, largest_batch, parse_memory
+from minilora.reports.largest_batch import LARGEST_BATCH, RESERVED, fit, largest_batch, parse_memory
 from minilora.reports.planning import Plan
 
 pytest.importorskip("transformers", reason="the shapes are models of transformers'")

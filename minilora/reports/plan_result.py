@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """The result of `plan`. It prints as a table; a notebook adds a bar of the memory.
+    """The result of `plan`. It prints as a table; a notebook also shows the memory as a bar.
 
     Attributes:
         model: the model's class, or the folder or hub id that it comes from.
@@ -37,8 +37,8 @@ class Plan:
         quantize: whether layers would be in NF4.
         rows: the layers that would get an adapter.
         left_out: linear layers that would not.
-        unreached: parameters in matrices outside of linear layers, as those of a mixture's experts:
-            they stay dense and get no adapter.
+        unreached: number of parameters in matrices outside of linear layers, such as the experts
+            of a mixture: they stay dense and get no adapter.
         parameters: the model's parameters; a tied one counts once.
         trainable: the parameters that would be trained.
         bytes: memory by kind: "quantized", "dense" (whatever is not quantized), "adapters",
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """With a batch: what the phase that needs the most has in memory.
+        """With a batch: the memory of the phase that needs the most.
 
         Without: weights, adapters, gradients and optimizer states; activations depend on batch
         size and sequence length.
@@ -118,7 +118,7 @@ class Plan:
         if self.unreached:
             share = self.unreached / self.parameters
             kept = f"{self.unreached:,} parameters ({share:.0%}) outside of linear layers"
-            below.insert(0, f"no adapter, not quantized: {kept}, as the experts of a mixture")
+            below.insert(0, f"no adapter, not quantized: {kept}, such as the experts of a mixture")
 
         head = ("layer", "out x in", "count", "adapter", "base")
         return Table(title, head, tuple(rows), tuple(below))
