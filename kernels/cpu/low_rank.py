@@ -1,0 +1,221 @@
+r"""The thin products of a low-rank term on the CPU: matrices P [M, N], T [M, r] and F [r, N].
+
+    T = P F^T          z = x A^T          u = dy B                  `project`
+    F = s T^T P        dA = s u^T x       dB^T = s z^T dy           `contract`
+    P += s T F         y += s z B^T       dx += s u A               `add_product`
+
+BLAS is made for matrices that are large both ways: with r = 8 it takes two to seven times as long
+as the arithmetic. Here a product reads P once, and multiplies it with eight rows of F, or adds to
+the sums of eight, in registers.
+
+Sums are in float32 and rounded once, and do not depend on the number of threads. BLAS multiplies
+where the sizes do not fit (`_is_fast`) and on processors without AVX-512.
+"""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from . import team
+from .avx512 import AVX512, AVX512_BF16
+from .low_rank_vectors import (
+    COLUMNS,
+    DOT_ROWS,
+    FACTORS,
+    UPDATE_ROWS,
+    add_outer,
+    add_update,
+    dots,
+    store_scaled,
+)
+from .runtime import jit
+from .team import pointer
+
+# Rows of P whose products are summed in registers, before their sum is added to that in memory.
+_CHUNK = 32
+
+# The fewest products that are worth a thread of their own.
+_GRAIN = 1 << 19
+
+_PROJECT, _CONTRACT, _ADD_PRODUCT = range(3)
+
+_INTEGERS = ("rows", "kernel", "product", "M", "N", "r", "P", "T", "F")
+
+
+class _Call(ctypes.Structure):
+    """A call, as the threads read it: sizes, addresses, scaling."""
+
+    _fields_ = (
+        *[(name, ctypes.c_int64) for name in _INTEGERS],
+        ("scale", ctypes.c_float),
+    )
+
+
+_CALL = np.dtype(_Call)
+
+
+@jit
+def _project(call: Any, P: Any, T: Any, F: Any, start: int, stop: int) -> None:
+    """Rows [start, stop) of T = P F^T."""
+    N, r = call.N, call.r
+    for m in range(start, stop, DOT_ROWS):
+        last = stop - 1 - m
+        for j in range(0, r, FACTORS):
+            dots(P, m * N, last, F, j * N, N, T, m * r + j, r)
+
+
+@jit
+def _pair(low: Any, high: Any) -> Any:
+    """Two bfloat16 numbers as a word of 32 bits."""
+    return np.uint32(low) | np.uint32(high) << np.uint32(16)
+
+
+@jit
+def _words(T: Any, first: int, rows: int, r: int, out: Any) -> Any:
+    """out = eight columns of T in words, as `add_outer` takes them. Returns the rows of words."""
+    per_word = 4 // T.itemsize
+    count = rows // per_word
+
+    for k in range(count):
+        even = np.uint64(first + k * per_word * r)
+        odd = even + np.uint64(r)
+        target = np.uint64(k * FACTORS)
+        for j in range(np.uint64(FACTORS)):
+            if T.itemsize == 2:
+                out[target + j] = _pair(T[even + j], T[odd + j])
+            else:
+                out[target + j] = T[even + j]
+    return count
+
+
+@jit
+def _contract(call: Any, P: Any, T: Any, F: Any, start: int, stop: int) -> None:
+    """Columns [start, stop) of F = s T^T P."""
+    M, N, r = call.M, call.N, call.r
+    words = np.empty(_CHUNK * FACTORS, np.uint32)
+    sums = np.empty((stop - start) * FACTORS, np.float32)
+
+    for j in range(0, r, FACTORS):
+        sums[:] = 0
+        for m in range(0, M, _CHUNK):
+            rows = min(_CHUNK, M - m)
+            count = _words(T, m * r + j, rows, r, words)
+            for n in range(start, stop, COLUMNS):
+                at = (n - start) * FACTORS
+                add_outer(words, count, P, m * N + n, N, sums, at)
+
+        for n in range(start, stop, COLUMNS):
+            for i in range(FACTORS):
+                at = (n - start) * FACTORS + i * COLUMNS
+                store_scaled(sums, at, call.scale, F, (j + i) * N + n)
+
+
+@jit
+def _words_of_pairs(F: Any, count: int, N: int) -> Any:
+    """Words [count, N] of pairs of rows of F, or of single ones if it is float32."""
+    out = np.empty(count * N, np.uint32)
+    for k in range(count):
+        target = np.uint64(k * N)
+        even = np.uint64(F.size // count * k)
+        odd = even + np.uint64(N)
+        for n in range(np.uint64(N)):
+            if F.itemsize == 2:
+                out[target + n] = _pair(F[even + n], F[odd + n])
+            else:
+                out[target + n] = F[even + n]
+    return out
+
+
+@jit
+def _add_product(call: Any, P: Any, T: Any, F: Any, start: int, stop: int) -> None:
+    """Rows [start, stop) of P += s T F."""
+    N = call.N
+    words = call.r * F.itemsize // 4
+    of_T = carray(pointer(call.T), call.M * words, np.uint32)
+    of_F = _words_of_pairs(F, words, N)
+    for m in range(start, stop, UPDATE_ROWS):
+        last = stop - 1 - m
+        add_update(P, m * N, last, of_T, m * words, words, of_F, N, call.scale)
+
+
+@jit
+def _multiply(call: Any, P: Any, T: Any, F: Any, start: int, stop: int) -> None:
+    """The share of a thread: rows of P, or pairs of columns."""
+    if call.product == _PROJECT:
+        _project(call, P, T, F, start, stop)
+    elif call.product == _ADD_PRODUCT:
+        _add_product(call, P, T, F, start, stop)
+    else:
+        half = COLUMNS // 2
+        first, last = -(-start // half), -(-stop // half)
+        _contract(call, P, T, F, first * COLUMNS, last * COLUMNS)
+
+
+def _multiply_bfloat16(address: int, start: int, stop: int) -> None:
+    call = carray(pointer(address), 1, _CALL)[0]
+    P = carray(pointer(call.P), call.M * call.N, np.uint16)
+    T = carray(pointer(call.T), call.M * call.r, np.uint16)
+    F = carray(pointer(call.F), call.r * call.N, np.uint16)
+    _multiply(call, P, T, F, start, stop)
+
+
+def _multiply_float32(address: int, start: int, stop: int) -> None:
+    call = carray(pointer(address), 1, _CALL)[0]
+    P = carray(pointer(call.P), call.M * call.N, np.uint32)
+    T = carray(pointer(call.T), call.M * call.r, np.uint32)
+    F = carray(pointer(call.F), call.r * call.N, np.uint32)
+    _multiply(call, P, T, F, start, stop)
+
+
+def _run(product: int, P: Tensor, T: Tensor, F: Tensor, scale: float = 1.0) -> None:
+    (M, N), r = P.shape, len(F)
+    # Shares are multiples of 16: of 16 rows, or of 32 columns.
+    rows = N // 2 if product == _CONTRACT else M
+    addresses = P.data_ptr(), T.data_ptr(), F.data_ptr()
+    call = _Call(rows, 0, product, M, N, r, *addresses, scale)
+    kernel = _multiply_float32 if P.dtype == torch.float32 else _multiply_bfloat16
+    team.run(kernel, call, rows, M * N * r // _GRAIN)
+
+
+def _is_fast(P: Tensor, T: Tensor, F: Tensor) -> bool:
+    """Whether the kernels take these matrices, on this processor; PyTorch refuses what is wrong."""
+    (M, N), r = P.shape, len(F)
+    fits = M % 2 == 0 and N % COLUMNS == 0 and r % FACTORS == 0
+    if not fits or T.shape != (M, r) or F.shape != (r, N):
+        return False
+    has_kernel = AVX512_BF16 if P.dtype == torch.bfloat16 else AVX512 and P.dtype == torch.float32
+    return has_kernel and all(t.is_cpu and t.dtype == P.dtype for t in (P, T, F))
+
+
+def project(x: Tensor, A: Tensor) -> Tensor:
+    """Returns z = x A^T, [.., r]; or u = dy B, from dy and B^T."""
+    z = x.new_empty((*x.shape[:-1], len(A)))
+    P, T = x.reshape(-1, x.shape[-1]), z.view(-1, len(A))
+    if not _is_fast(P, T, A):
+        return x @ A.T
+    P, F = P.contiguous(), A.contiguous()
+    _run(_PROJECT, P, T, F)
+    return z
+
+
+def contract(u: Tensor, x: Tensor, scale: float) -> Tensor:
+    """Returns dA = scale u^T x, [r, I], from u [M, r] and x [M, I]; or dB^T, from z and dy."""
+    F = x.new_empty((u.shape[1], x.shape[1]))
+    if not _is_fast(x, u, F):
+        return (u.T @ x).mul_(scale)
+    P, T = x.contiguous(), u.contiguous()
+    _run(_CONTRACT, P, T, F, scale)
+    return F
+
+
+def add_product(P: Tensor, T: Tensor, F: Tensor, scale: float) -> None:
+    """P += scale T F, where P is contiguous."""
+    if not _is_fast(P, T, F):
+        P.addmm_(T, F, alpha=scale)
+        return
+    T, F = T.contiguous(), F.contiguous()
+    _run(_ADD_PRODUCT, P, T, F, scale)
