@@ -90,7 +90,6 @@ class _NF4LoRALinear(torch.autograd.Function):
         u = ops.project(dy, B.T)  # dy B [M, r]
         dx = _input_gradient(dy, w, u, A, scale, p, seed) if needs_dx else None
         dbias = dy.sum(0) if needs_dbias else None
-        # s u^T x, and s dy^T z.
         dA = ops.contract(u, _drop(x, p, seed), scale) if needs_dA else None
         dB = ops.contract(z, dy, scale).T if needs_dB else None
         return dx, None, dbias, dA, dB, None, None, None

@@ -10,13 +10,7 @@ from .few_rows import few_rows, is_faster
 from .low_rank import add_product, contract, project
 from .matmul import nf4_linear, nf4_linear_backward
 
-__all__ = [
-    "contract",
-    "nf4_inference",
-    "nf4_lora_linear",
-    "nf4_lora_linear_backward",
-    "project",
-]
+__all__ = ["contract", "nf4_inference", "nf4_lora_linear", "nf4_lora_linear_backward", "project"]
 
 
 def nf4_lora_linear(

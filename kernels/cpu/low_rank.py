@@ -59,23 +59,38 @@ _CALL = np.dtype(_Call)
 
 
 @jit
-def _project(call: Any, P: Any, T: Any, F: Any, start: int, stop: int) -> None:
+def _project(
+    call: Any,
+    P: Any,
+    T: Any,
+    F: Any,
+    start: int,
+    stop: int,
+) -> None:
     """Rows [start, stop) of T = P F^T."""
     N, r = call.N, call.r
     for m in range(start, stop, DOT_ROWS):
-        last = stop - 1 - m
+        p, last = m * N, stop - 1 - m
         for j in range(0, r, FACTORS):
-            dots(P, m * N, last, F, j * N, N, T, m * r + j, r)
+            f, t = j * N, m * r + j
+            dots(P, p, last, F, f, N, T, t, r)
 
 
 @jit
 def _pair(low: Any, high: Any) -> Any:
     """Two bfloat16 numbers as a word of 32 bits."""
-    return np.uint32(low) | np.uint32(high) << np.uint32(16)
+    above = np.uint32(high) << np.uint32(16)
+    return above | np.uint32(low)
 
 
 @jit
-def _words(T: Any, first: int, rows: int, r: int, out: Any) -> Any:
+def _words(
+    T: Any,
+    first: int,
+    rows: int,
+    r: int,
+    out: Any,
+) -> Any:
     """out = eight columns of T in words, as `add_outer` takes them. Returns the rows of words."""
     per_word = 4 // T.itemsize
     count = rows // per_word
@@ -93,25 +108,35 @@ def _words(T: Any, first: int, rows: int, r: int, out: Any) -> Any:
 
 
 @jit
-def _contract(call: Any, P: Any, T: Any, F: Any, start: int, stop: int) -> None:
+def _contract(
+    call: Any,
+    P: Any,
+    T: Any,
+    F: Any,
+    start: int,
+    stop: int,
+) -> None:
     """Columns [start, stop) of F = s T^T P."""
-    M, N, r = call.M, call.N, call.r
+    N, r = call.N, call.r
     words = np.empty(_CHUNK * FACTORS, np.uint32)
     sums = np.empty((stop - start) * FACTORS, np.float32)
 
     for j in range(0, r, FACTORS):
         sums[:] = 0
-        for m in range(0, M, _CHUNK):
-            rows = min(_CHUNK, M - m)
-            count = _words(T, m * r + j, rows, r, words)
+        for m in range(0, call.M, _CHUNK):
+            rows = min(_CHUNK, call.M - m)
+            t = m * r + j
+            count = _words(T, t, rows, r, words)
             for n in range(start, stop, COLUMNS):
-                at = (n - start) * FACTORS
-                add_outer(words, count, P, m * N + n, N, sums, at)
+                p, at = m * N + n, (n - start) * FACTORS
+                add_outer(words, count, P, p, N, sums, at)
 
         for n in range(start, stop, COLUMNS):
+            at = (n - start) * FACTORS
             for i in range(FACTORS):
-                at = (n - start) * FACTORS + i * COLUMNS
-                store_scaled(sums, at, call.scale, F, (j + i) * N + n)
+                f = (j + i) * N + n
+                store_scaled(sums, at, call.scale, F, f)
+                at += COLUMNS
 
 
 @jit
@@ -131,47 +156,76 @@ def _words_of_pairs(F: Any, count: int, N: int) -> Any:
 
 
 @jit
-def _add_product(call: Any, P: Any, T: Any, F: Any, start: int, stop: int) -> None:
+def _add_product(
+    call: Any,
+    P: Any,
+    T: Any,
+    F: Any,
+    start: int,
+    stop: int,
+) -> None:
     """Rows [start, stop) of P += s T F."""
     N = call.N
     words = call.r * F.itemsize // 4
-    of_T = carray(pointer(call.T), call.M * words, np.uint32)
-    of_F = _words_of_pairs(F, words, N)
+    T = carray(pointer(call.T), call.M * words, np.uint32)
+    F = _words_of_pairs(F, words, N)
     for m in range(start, stop, UPDATE_ROWS):
+        p, t = m * N, m * words
         last = stop - 1 - m
-        add_update(P, m * N, last, of_T, m * words, words, of_F, N, call.scale)
+        add_update(P, p, last, T, t, words, F, N, call.scale)
 
 
 @jit
-def _multiply(call: Any, P: Any, T: Any, F: Any, start: int, stop: int) -> None:
+def _up(n: int, step: int) -> Any:
+    """n, rounded up to a multiple of `step`."""
+    return -(-n // step) * step
+
+
+@jit
+def _multiply(
+    call: Any,
+    P: Any,
+    T: Any,
+    F: Any,
+    start: int,
+    stop: int,
+) -> None:
     """The share of a thread: rows of P, or pairs of columns."""
     if call.product == _PROJECT:
         _project(call, P, T, F, start, stop)
     elif call.product == _ADD_PRODUCT:
         _add_product(call, P, T, F, start, stop)
     else:
-        half = COLUMNS // 2
-        first, last = -(-start // half), -(-stop // half)
-        _contract(call, P, T, F, first * COLUMNS, last * COLUMNS)
+        first = _up(2 * start, COLUMNS)
+        last = _up(2 * stop, COLUMNS)
+        _contract(call, P, T, F, first, last)
 
 
 def _multiply_bfloat16(address: int, start: int, stop: int) -> None:
     call = carray(pointer(address), 1, _CALL)[0]
-    P = carray(pointer(call.P), call.M * call.N, np.uint16)
-    T = carray(pointer(call.T), call.M * call.r, np.uint16)
-    F = carray(pointer(call.F), call.r * call.N, np.uint16)
+    M, N, r = call.M, call.N, call.r
+    P = carray(pointer(call.P), M * N, np.uint16)
+    T = carray(pointer(call.T), M * r, np.uint16)
+    F = carray(pointer(call.F), r * N, np.uint16)
     _multiply(call, P, T, F, start, stop)
 
 
 def _multiply_float32(address: int, start: int, stop: int) -> None:
     call = carray(pointer(address), 1, _CALL)[0]
-    P = carray(pointer(call.P), call.M * call.N, np.uint32)
-    T = carray(pointer(call.T), call.M * call.r, np.uint32)
-    F = carray(pointer(call.F), call.r * call.N, np.uint32)
+    M, N, r = call.M, call.N, call.r
+    P = carray(pointer(call.P), M * N, np.uint32)
+    T = carray(pointer(call.T), M * r, np.uint32)
+    F = carray(pointer(call.F), r * N, np.uint32)
     _multiply(call, P, T, F, start, stop)
 
 
-def _run(product: int, P: Tensor, T: Tensor, F: Tensor, scale: float = 1.0) -> None:
+def _run(
+    product: int,
+    P: Tensor,
+    T: Tensor,
+    F: Tensor,
+    scale: float = 1.0,
+) -> None:
     (M, N), r = P.shape, len(F)
     # Shares are multiples of 16: of 16 rows, or of 32 columns.
     rows = N // 2 if product == _CONTRACT else M
@@ -184,17 +238,23 @@ def _run(product: int, P: Tensor, T: Tensor, F: Tensor, scale: float = 1.0) -> N
 def _is_fast(P: Tensor, T: Tensor, F: Tensor) -> bool:
     """Whether the kernels take these matrices, on this processor; PyTorch refuses what is wrong."""
     (M, N), r = P.shape, len(F)
-    fits = M % 2 == 0 and N % COLUMNS == 0 and r % FACTORS == 0
-    if not fits or T.shape != (M, r) or F.shape != (r, N):
+    if T.shape != (M, r) or F.shape != (r, N):
         return False
-    has_kernel = AVX512_BF16 if P.dtype == torch.bfloat16 else AVX512 and P.dtype == torch.float32
-    return has_kernel and all(t.is_cpu and t.dtype == P.dtype for t in (P, T, F))
+    if M % 2 or N % COLUMNS or r % FACTORS:
+        return False
+    for t in (P, T, F):
+        if t.dtype != P.dtype or not t.is_cpu:
+            return False
+    if P.dtype == torch.bfloat16:
+        return AVX512_BF16
+    return AVX512 and P.dtype == torch.float32
 
 
 def project(x: Tensor, A: Tensor) -> Tensor:
     """Returns z = x A^T, [.., r]; or u = dy B, from dy and B^T."""
-    z = x.new_empty((*x.shape[:-1], len(A)))
-    P, T = x.reshape(-1, x.shape[-1]), z.view(-1, len(A))
+    I, r = x.shape[-1], len(A)
+    z = x.new_empty((*x.shape[:-1], r))
+    P, T = x.reshape(-1, I), z.view(-1, r)
     if not _is_fast(P, T, A):
         return x @ A.T
     P, F = P.contiguous(), A.contiguous()
@@ -204,7 +264,8 @@ def project(x: Tensor, A: Tensor) -> Tensor:
 
 def contract(u: Tensor, x: Tensor, scale: float) -> Tensor:
     """Returns dA = scale u^T x, [r, I], from u [M, r] and x [M, I]; or dB^T, from z and dy."""
-    F = x.new_empty((u.shape[1], x.shape[1]))
+    r, I = u.shape[1], x.shape[1]
+    F = x.new_empty((r, I))
     if not _is_fast(x, u, F):
         return (u.T @ x).mul_(scale)
     P, T = x.contiguous(), u.contiguous()

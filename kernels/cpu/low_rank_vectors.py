@@ -48,6 +48,9 @@ _ROWS_AHEAD = 4
 # Words of T between two branches.
 _WORDS = 4
 
+# Where the halves of 32 columns are.
+_HALVES = (range(16), range(16, 32))
+
 
 def _vector(array: Any) -> VectorType:
     """The type of 64 bytes of an array."""
@@ -59,10 +62,11 @@ class _Sums:
 
     def __init__(self, b: IRBuilder, count: int) -> None:
         self.b = b
-        zero = splat(F32x16, 0.0)
-        self.variables = [cgutils.alloca_once(b, F32x16) for _ in range(count)]
-        for variable in self.variables:
-            b.store(zero, variable)
+        self.variables = []
+        for _ in range(count):
+            variable = cgutils.alloca_once(b, F32x16)
+            b.store(splat(F32x16, 0.0), variable)
+            self.variables.append(variable)
 
     def __getitem__(self, i: int) -> Value:
         return self.b.load(self.variables[i])
@@ -73,169 +77,196 @@ class _Sums:
         if x.type == F32x16:
             total = multiply_add(b, x, y, self[i])
         else:
-            x, y = b.bitcast(x, I32x16), b.bitcast(y, I32x16)
+            x = b.bitcast(x, I32x16)
+            y = b.bitcast(y, I32x16)
             total = add_dot(b, self[i], x, y)
         b.store(total, self.variables[i])
 
 
-@contextmanager
-def _steps(b: IRBuilder, stop: Value, step: int) -> Iterator[Value]:
-    """A loop over range(0, stop, step)."""
-    start, width = (ir.Constant(stop.type, value) for value in (0, step))
-    with cgutils.for_range_slice(b, start, stop, width) as (index, _):
-        yield index
+class _Code:
+    """What the loops are made of, for one intrinsic with arguments of certain types."""
+
+    def __init__(self, b: IRBuilder, arrays: Arrays, vector: VectorType) -> None:
+        self.b = b
+        self.arrays = arrays
+        self.vector = vector
+
+    @contextmanager
+    def steps(self, stop: Value, step: int) -> Iterator[Value]:
+        """A loop over range(0, stop, step)."""
+        start = ir.Constant(stop.type, 0)
+        width = ir.Constant(stop.type, step)
+        with cgutils.for_range_slice(self.b, start, stop, width) as loop:
+            yield loop[0]
+
+    def multiple(self, index: Value, size: int) -> Value:
+        return self.b.mul(index, ir.Constant(index.type, size))
+
+    def rows(
+        self,
+        count: int,
+        start: Value,
+        last: Value,
+        size: Value,
+    ) -> list[Value]:
+        """Returns where rows of `size` elements start. Beyond the last one, that is repeated."""
+        b = self.b
+        found = []
+        for i in range(count):
+            number = ir.Constant(last.type, i)
+            is_beyond = b.icmp_signed("<", last, number)
+            number = b.select(is_beyond, last, number)
+            found.append(b.add(start, b.mul(number, size)))
+        return found
+
+    def word(self, which: int, index: Value) -> Value:
+        """Returns a word of an array in all places of a vector."""
+        b = self.b
+        word = self.arrays.load_scalar(which, index)
+        everywhere = broadcast(b, b.bitcast(word, F32))
+        return b.bitcast(everywhere, self.vector)
+
+    def load_two(self, vector: VectorType, which: int, start: Value) -> list[Value]:
+        """Loads a vector, and the one 16 elements of the array behind it."""
+        second = add_constant(self.b, start, 16)
+        return [self.arrays.load(vector, which, at) for at in (start, second)]
+
+    def load_floats(self, which: int, start: Value) -> list[Value]:
+        """Loads 32 numbers in float32, as two vectors."""
+        if self.vector == F32x16:
+            return self.load_two(F32x16, which, start)
+
+        b = self.b
+        found = []
+        for half in self.load_two(I16x16, which, start):
+            bits = b.zext(half, I32x16)
+            bits = b.shl(bits, splat(I32x16, 16))
+            found.append(b.bitcast(bits, F32x16))
+        return found
+
+    def rounded(self, low: Value, high: Value) -> Value:
+        """Returns 32 float32 numbers as bfloat16: to nearest, ties to even."""
+        name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+        return call_llvm(self.b, name, high, low, result=I16x32)
+
+    def store_floats(
+        self,
+        low: Value,
+        high: Value,
+        which: int,
+        start: Value,
+    ) -> None:
+        """Stores 32 float32 numbers, rounded if the array holds bfloat16."""
+        if self.vector == I16x32:
+            self.arrays.store(self.rounded(low, high), which, start)
+            return
+        second = add_constant(self.b, start, 16)
+        self.arrays.store(low, which, start)
+        self.arrays.store(high, which, second)
 
 
-def _row(b: IRBuilder, start: Value, i: int, last: Value, size: Value) -> Value:
-    """Returns where row i of `size` elements starts. Beyond the last row, that one is repeated."""
-    number = ir.Constant(last.type, i)
-    is_beyond = b.icmp_signed("<", last, number)
-    number = b.select(is_beyond, last, number)
-    return b.add(start, b.mul(number, size))
+def _builder(loops: Any, which: int) -> Any:
+    """Makes the code of an intrinsic whose argument number `which` says the dtype."""
+
+    def build(context: Any, b: IRBuilder, signature: Any, args: Any) -> Any:
+        arrays = Arrays(context, b, signature, args)
+        vector = _vector(signature.args[which])
+        loops(_Code(b, arrays, vector), args)
+        return context.get_dummy_value()
+
+    return build
 
 
-def _broadcast(arrays: Arrays, vector: VectorType, which: int, index: Value) -> Value:
-    """Returns a word of an array in all places of a vector."""
-    b = arrays.builder
-    word = arrays.load_scalar(which, index)
-    return b.bitcast(broadcast(b, b.bitcast(word, F32)), vector)
-
-
-def _load_two(arrays: Arrays, vector: VectorType, which: int, start: Value) -> list[Value]:
-    """Loads a vector, and another one 16 elements of the array behind it."""
-    second = add_constant(arrays.builder, start, 16)
-    return [arrays.load(vector, which, at) for at in (start, second)]
-
-
-def _load_floats(arrays: Arrays, vector: VectorType, start: Value) -> list[Value]:
-    """Returns 32 elements of P in float32, as two vectors."""
-    if vector == F32x16:
-        return _load_two(arrays, F32x16, 0, start)
-
-    b = arrays.builder
-    bits = [b.zext(half, I32x16) for half in _load_two(arrays, I16x16, 0, start)]
-    bits = [b.shl(half, splat(I32x16, 16)) for half in bits]
-    return [b.bitcast(half, F32x16) for half in bits]
-
-
-def _rounded(b: IRBuilder, low: Value, high: Value) -> Value:
-    """Returns 32 float32 numbers as bfloat16: to nearest, ties to even."""
-    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
-    return call_llvm(b, name, high, low, result=I16x32)
-
-
-def _store_floats(
-    arrays: Arrays,
-    vector: VectorType,
-    which: int,
-    start: Value,
-    low: Value,
-    high: Value,
-) -> None:
-    """Stores 32 float32 numbers, rounded if the array holds bfloat16."""
-    b = arrays.builder
-    if vector == I16x32:
-        arrays.store(_rounded(b, low, high), which, start)
-    else:
-        arrays.store(low, which, start)
-        arrays.store(high, which, add_constant(b, start, 16))
-
-
-def _dots(context: Any, b: IRBuilder, signature: Any, args: Any) -> Any:
-    arrays = Arrays(context, b, signature, args)
+def _dots(code: _Code, args: Any) -> None:
     _, p, last, _, f, N, _, t, r = args
-    vector = _vector(signature.args[0])
-    ahead = b.mul(N, ir.Constant(N.type, _ROWS_AHEAD))
-    sums = _Sums(b, DOT_ROWS * FACTORS)
+    b, arrays = code.b, code.arrays
+    ahead = code.multiple(N, _ROWS_AHEAD)
+    count = DOT_ROWS * FACTORS
+    sums = _Sums(b, count)
 
-    with _steps(b, N, vector.count) as n:
-        rows = [_row(b, b.add(p, n), i, last, N) for i in range(DOT_ROWS)]
-        x = [arrays.load(vector, 0, row) for row in rows]
-        for row in rows:
+    with code.steps(N, code.vector.count) as n:
+        x = []
+        for row in code.rows(DOT_ROWS, b.add(p, n), last, N):
+            x.append(arrays.load(code.vector, 0, row))
             arrays.prefetch(0, b.add(row, ahead))
+
         at = b.add(f, n)
         for j in range(FACTORS):
-            factor = arrays.load(vector, 3, at)
+            factor = arrays.load(code.vector, 3, at)
+            at = b.add(at, N)
             for i in range(DOT_ROWS):
                 sums.add_products(i * FACTORS + j, x[i], factor)
-            at = b.add(at, N)
 
-    total = sums_of_lanes(b, [sums[k] for k in range(DOT_ROWS * FACTORS)])
-    if vector == I16x32:
-        total = _rounded(b, total, total)
-    for i in range(DOT_ROWS):
+    total = sums_of_lanes(b, [sums[k] for k in range(count)])
+    if code.vector == I16x32:
+        total = code.rounded(total, total)
+    for i, row in enumerate(code.rows(DOT_ROWS, t, last, r)):
         first = i * FACTORS
-        of_row = list(range(first, first + FACTORS))
-        of_row = shuffle(b, total, total, of_row)
-        arrays.store(of_row, 6, _row(b, t, i, last, r))
-    return context.get_dummy_value()
+        places = list(range(first, first + FACTORS))
+        arrays.store(shuffle(b, total, total, places), 6, row)
 
 
-def _add_outer(context: Any, b: IRBuilder, signature: Any, args: Any) -> Any:
-    arrays = Arrays(context, b, signature, args)
+def _add_outer(code: _Code, args: Any) -> None:
     _, count, _, p, N, _, target = args
-    vector = _vector(signature.args[2])
-    sums = _Sums(b, 2 * FACTORS)
+    b, arrays = code.b, code.arrays
+    total = _Sums(b, 2 * FACTORS)
 
-    with _steps(b, count, 1) as k:
-        if vector == F32x16:
-            start = b.add(p, b.mul(k, N))
-            x = _load_two(arrays, vector, 2, start)
+    with code.steps(count, 1) as k:
+        if code.vector == F32x16:
+            row = b.add(p, b.mul(k, N))
+            x = code.load_two(F32x16, 2, row)
         else:
-            start = b.add(p, b.mul(k, b.add(N, N)))
-            even, odd = (arrays.load(vector, 2, row) for row in (start, b.add(start, N)))
-            x = [interleave(b, even, odd, range(half, half + 16)) for half in (0, 16)]
+            row = b.add(p, b.mul(code.multiple(k, 2), N))
+            even = arrays.load(I16x32, 2, row)
+            odd = arrays.load(I16x32, 2, b.add(row, N))
+            x = [interleave(b, even, odd, half) for half in _HALVES]
 
-        first = b.mul(k, ir.Constant(k.type, FACTORS))
+        first = code.multiple(k, FACTORS)
         for j in range(FACTORS):
-            t = _broadcast(arrays, vector, 0, add_constant(b, first, j))
-            sums.add_products(2 * j, t, x[0])
-            sums.add_products(2 * j + 1, t, x[1])
+            t = code.word(0, add_constant(b, first, j))
+            total.add_products(2 * j, t, x[0])
+            total.add_products(2 * j + 1, t, x[1])
 
     for i in range(2 * FACTORS):
         at = add_constant(b, target, 16 * i)
-        total = b.fadd(arrays.load(F32x16, 5, at), sums[i])
-        arrays.store(total, 5, at)
-    return context.get_dummy_value()
+        before = arrays.load(F32x16, 5, at)
+        arrays.store(b.fadd(before, total[i]), 5, at)
 
 
-def _store_scaled(context: Any, b: IRBuilder, signature: Any, args: Any) -> Any:
-    arrays = Arrays(context, b, signature, args)
+def _store_scaled(code: _Code, args: Any) -> None:
     _, source, scale, _, target = args
-    vector = _vector(signature.args[3])
+    b = code.b
+    low, high = code.load_two(F32x16, 0, source)
     scale = broadcast(b, scale)
-    low, high = (b.fmul(scale, x) for x in _load_two(arrays, F32x16, 0, source))
-    _store_floats(arrays, vector, 3, target, low, high)
-    return context.get_dummy_value()
+    code.store_floats(b.fmul(scale, low), b.fmul(scale, high), 3, target)
 
 
-def _add_update(context: Any, b: IRBuilder, signature: Any, args: Any) -> Any:
-    arrays = Arrays(context, b, signature, args)
+def _add_update(code: _Code, args: Any) -> None:
     _, p, last, _, t, words, _, N, scale = args
-    vector = _vector(signature.args[0])
+    b = code.b
     scale = broadcast(b, scale)
 
-    with _steps(b, N, COLUMNS) as n:
+    with code.steps(N, COLUMNS) as n:
         sums = _Sums(b, 2 * UPDATE_ROWS)
-        with _steps(b, words, _WORDS) as first:
+        with code.steps(words, _WORDS) as first:
             for w in range(_WORDS):
                 k = add_constant(b, first, w)
-                row_of_F = b.add(b.mul(k, N), n)
-                factors = _load_two(arrays, vector, 6, row_of_F)
-                for i in range(UPDATE_ROWS):
-                    row_of_T = _row(b, t, i, last, words)
-                    x = _broadcast(arrays, vector, 3, b.add(row_of_T, k))
+                at = b.add(b.mul(k, N), n)
+                factors = code.load_two(code.vector, 6, at)
+                rows_of_T = code.rows(UPDATE_ROWS, t, last, words)
+                for i, row in enumerate(rows_of_T):
+                    x = code.word(3, b.add(row, k))
                     sums.add_products(2 * i, x, factors[0])
                     sums.add_products(2 * i + 1, x, factors[1])
 
         # All are read before one is written: a repeated row is updated once.
-        rows = [_row(b, b.add(p, n), i, last, N) for i in range(UPDATE_ROWS)]
-        before = [_load_floats(arrays, vector, row) for row in rows]
+        rows = code.rows(UPDATE_ROWS, b.add(p, n), last, N)
+        before = [code.load_floats(0, row) for row in rows]
         for i, row in enumerate(rows):
-            low = multiply_add(b, scale, sums[2 * i], before[i][0])
-            high = multiply_add(b, scale, sums[2 * i + 1], before[i][1])
-            _store_floats(arrays, vector, 0, row, low, high)
-    return context.get_dummy_value()
+            low, high = before[i]
+            low = multiply_add(b, scale, sums[2 * i], low)
+            high = multiply_add(b, scale, sums[2 * i + 1], high)
+            code.store_floats(low, high, 0, row)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -255,7 +286,8 @@ def dots(
 
     for two rows i of P, or one if last = 0, and eight rows j of F.
     """
-    return types.void(P, p, last, F, f, N, T, t, r), _dots
+    kinds = P, p, last, F, f, N, T, t, r
+    return types.void(*kinds), _builder(_dots, which=0)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -274,7 +306,8 @@ def add_outer(
     for 32 columns n of P and eight columns j of T, which is given as words [count, 8]: T[k, j], or
     in bfloat16 T[2 k, j] and T[2 k + 1, j].
     """
-    return types.void(T, count, P, p, N, sums, target), _add_outer
+    kinds = T, count, P, p, N, sums, target
+    return types.void(*kinds), _builder(_add_outer, which=2)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -287,7 +320,8 @@ def store_scaled(
     target: Any,
 ) -> Any:
     """F[target : target + 32] = scale * sums[source : source + 32], rounded to the dtype of F."""
-    return types.void(sums, source, scale, F, target), _store_scaled
+    kinds = sums, source, scale, F, target
+    return types.void(*kinds), _builder(_store_scaled, which=3)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -308,4 +342,5 @@ def add_update(
     T and F are given as words: rows of T from T[t], and F [words, N], which holds F[k, n], or in
     bfloat16 F[2 k, n] and F[2 k + 1, n].
     """
-    return types.void(P, p, last, T, t, words, F, N, scale), _add_update
+    kinds = P, p, last, T, t, words, F, N, scale
+    return types.void(*kinds), _builder(_add_update, which=0)

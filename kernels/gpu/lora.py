@@ -16,13 +16,7 @@ from ..reference.nf4 import PackedWeight
 from .matmul import backward, forward
 from .runtime import LowRank
 
-__all__ = [
-    "contract",
-    "nf4_inference",
-    "nf4_lora_linear",
-    "nf4_lora_linear_backward",
-    "project",
-]
+__all__ = ["contract", "nf4_inference", "nf4_lora_linear", "nf4_lora_linear_backward", "project"]
 
 
 def nf4_lora_linear(

@@ -78,11 +78,7 @@ def nf4_inference(
 
 
 def nf4_lora_linear_backward(
-    dy: Tensor,
-    w: PackedWeight,
-    u: Tensor,
-    A: Tensor,
-    scale: float,
+    dy: Tensor, w: PackedWeight, u: Tensor, A: Tensor, scale: float
 ) -> Tensor:
     """Returns dx = dy W + scale u A, [.., I], in dy's dtype."""
     return nf4_linear_backward(dy, w) + scale * (u @ A)
