@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..reference.nf4 import PackedWeight
 from .few_rows import few_rows, is_faster
-from .low_rank import add_product, contract, project
+from .low_rank import contract, project
 from .matmul import nf4_linear, nf4_linear_backward
 
 __all__ = ["contract", "nf4_inference", "nf4_lora_linear", "nf4_lora_linear_backward", "project"]
@@ -24,7 +24,7 @@ def nf4_lora_linear(
     """Returns x W^T + bias + scale z B^T, [.., O], in x's dtype."""
     O, r = B.shape
     y = nf4_linear(x, w, bias)
-    add_product(y.view(-1, O), z.reshape(-1, r), B.T, scale)
+    y.view(-1, O).addmm_(z.reshape(-1, r), B.T, alpha=scale)
     return y
 
 
@@ -56,5 +56,5 @@ def nf4_lora_linear_backward(
     """Returns dx = dy W + scale u A, [.., I], in dy's dtype."""
     r, I = A.shape
     dx = nf4_linear_backward(dy, w)
-    add_product(dx.view(-1, I), u.reshape(-1, r), A, scale)
+    dx.view(-1, I).addmm_(u.reshape(-1, r), A, alpha=scale)
     return dx

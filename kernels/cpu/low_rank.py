@@ -2,11 +2,9 @@ r"""The thin products of a low-rank term on the CPU: matrices P [M, N], T [M, r]
 
     T = P F^T          z = x A^T          u = dy B                  `project`
     F = s T^T P        dA = s u^T x       dB^T = s z^T dy           `contract`
-    P += s T F         y += s z B^T       dx += s u A               `add_product`
 
-BLAS is made for matrices that are large both ways: with r = 8 it takes two to seven times as long
-as the arithmetic. Here a product reads P once, and multiplies it with eight rows of F, or adds to
-the sums of eight, in registers.
+BLAS is made for matrices that are large both ways: with r = 8 it takes 1.5 to 7 times as long as
+the arithmetic. Here each load of P meets eight rows of F, or the sums of eight, in registers.
 
 Sums are in float32 and rounded once, and do not depend on the number of threads. BLAS multiplies
 where the sizes do not fit (`_is_fast`) and on processors without AVX-512.
@@ -24,11 +22,9 @@ from . import team
 from .avx512 import AVX512, AVX512_BF16
 from .low_rank_vectors import (
     COLUMNS,
-    DOT_ROWS,
     FACTORS,
-    UPDATE_ROWS,
+    ROWS,
     add_outer,
-    add_update,
     dots,
     store_scaled,
 )
@@ -41,9 +37,9 @@ _CHUNK = 32
 # The fewest products that are worth a thread of their own.
 _GRAIN = 1 << 19
 
-_PROJECT, _CONTRACT, _ADD_PRODUCT = range(3)
+_PROJECT, _CONTRACT = range(2)
 
-_INTEGERS = ("rows", "kernel", "product", "M", "N", "r", "P", "T", "F")
+_INTEGERS = ("pairs", "kernel", "product", "M", "N", "r", "P", "T", "F")
 
 
 class _Call(ctypes.Structure):
@@ -69,11 +65,11 @@ def _project(
 ) -> None:
     """Rows [start, stop) of T = P F^T."""
     N, r = call.N, call.r
-    for m in range(start, stop, DOT_ROWS):
-        p, last = m * N, stop - 1 - m
+    for m in range(start, stop, ROWS):
+        p = m * N
         for j in range(0, r, FACTORS):
             f, t = j * N, m * r + j
-            dots(P, p, last, F, f, N, T, t, r)
+            dots(P, p, F, f, N, T, t, r)
 
 
 @jit
@@ -140,42 +136,6 @@ def _contract(
 
 
 @jit
-def _words_of_pairs(F: Any, count: int, N: int) -> Any:
-    """Words [count, N] of pairs of rows of F, or of single ones if it is float32."""
-    out = np.empty(count * N, np.uint32)
-    for k in range(count):
-        target = np.uint64(k * N)
-        even = np.uint64(F.size // count * k)
-        odd = even + np.uint64(N)
-        for n in range(np.uint64(N)):
-            if F.itemsize == 2:
-                out[target + n] = _pair(F[even + n], F[odd + n])
-            else:
-                out[target + n] = F[even + n]
-    return out
-
-
-@jit
-def _add_product(
-    call: Any,
-    P: Any,
-    T: Any,
-    F: Any,
-    start: int,
-    stop: int,
-) -> None:
-    """Rows [start, stop) of P += s T F."""
-    N = call.N
-    words = call.r * F.itemsize // 4
-    T = carray(pointer(call.T), call.M * words, np.uint32)
-    F = _words_of_pairs(F, words, N)
-    for m in range(start, stop, UPDATE_ROWS):
-        p, t = m * N, m * words
-        last = stop - 1 - m
-        add_update(P, p, last, T, t, words, F, N, call.scale)
-
-
-@jit
 def _up(n: int, step: int) -> Any:
     """n, rounded up to a multiple of `step`."""
     return -(-n // step) * step
@@ -190,14 +150,12 @@ def _multiply(
     start: int,
     stop: int,
 ) -> None:
-    """The share of a thread: rows of P, or pairs of columns."""
+    """The share of a thread: pairs of rows of P, or pairs of columns."""
+    start, stop = 2 * start, 2 * stop
     if call.product == _PROJECT:
         _project(call, P, T, F, start, stop)
-    elif call.product == _ADD_PRODUCT:
-        _add_product(call, P, T, F, start, stop)
     else:
-        first = _up(2 * start, COLUMNS)
-        last = _up(2 * stop, COLUMNS)
+        first, last = _up(start, COLUMNS), _up(stop, COLUMNS)
         _contract(call, P, T, F, first, last)
 
 
@@ -227,12 +185,11 @@ def _run(
     scale: float = 1.0,
 ) -> None:
     (M, N), r = P.shape, len(F)
-    # Shares are multiples of 16: of 16 rows, or of 32 columns.
-    rows = N // 2 if product == _CONTRACT else M
+    pairs = N // 2 if product == _CONTRACT else M // 2
     addresses = P.data_ptr(), T.data_ptr(), F.data_ptr()
-    call = _Call(rows, 0, product, M, N, r, *addresses, scale)
+    call = _Call(pairs, 0, product, M, N, r, *addresses, scale)
     kernel = _multiply_float32 if P.dtype == torch.float32 else _multiply_bfloat16
-    team.run(kernel, call, rows, M * N * r // _GRAIN)
+    team.run(kernel, call, pairs, M * N * r // _GRAIN)
 
 
 def _is_fast(P: Tensor, T: Tensor, F: Tensor) -> bool:
@@ -271,12 +228,3 @@ def contract(u: Tensor, x: Tensor, scale: float) -> Tensor:
     P, T = x.contiguous(), u.contiguous()
     _run(_CONTRACT, P, T, F, scale)
     return F
-
-
-def add_product(P: Tensor, T: Tensor, F: Tensor, scale: float) -> None:
-    """P += scale T F, where P is contiguous."""
-    if not _is_fast(P, T, F):
-        P.addmm_(T, F, alpha=scale)
-        return
-    T, F = T.contiguous(), F.contiguous()
-    _run(_ADD_PRODUCT, P, T, F, scale)

@@ -18,7 +18,7 @@ from torch import Tensor
 import minilora
 from minilora.kernels.cpu import low_rank as module
 from minilora.kernels.cpu.avx512 import AVX512, AVX512_BF16
-from minilora.kernels.cpu.low_rank import add_product, contract, project
+from minilora.kernels.cpu.low_rank import contract, project
 from minilora.kernels.reference import lora as reference
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -43,28 +43,17 @@ def matrices(M: int, N: int, r: int, dtype: torch.dtype, seed: int = 0) -> Matri
     return P, T, F
 
 
-def added(P: Tensor, T: Tensor, F: Tensor, scale: float) -> Tensor:
-    out = P.clone(memory_format=torch.contiguous_format)
-    add_product(out, T, F, scale)
-    return out
-
-
 # Product -> the function, the equation, and the number of products in a sum.
-PRODUCTS: dict[str, tuple[Any, Any, Callable[[int, int, int], int]]] = {
+PRODUCTS: dict[str, tuple[Any, Any, Callable[[int, int], int]]] = {
     "project": (
         lambda P, T, F, s: project(P, F),
         lambda P, T, F, s: P @ F.T,
-        lambda M, N, r: N,
+        lambda M, N: N,
     ),
     "contract": (
         lambda P, T, F, s: contract(T, P, s),
         lambda P, T, F, s: s * T.T @ P,
-        lambda M, N, r: M + 1,
-    ),
-    "add_product": (
-        added,
-        lambda P, T, F, s: P + s * T @ F,
-        lambda M, N, r: r + 2,
+        lambda M, N: M + 1,
     ),
 }
 every_product = pytest.mark.parametrize("product", PRODUCTS)
@@ -77,7 +66,7 @@ def check(product: str, P: Tensor, T: Tensor, F: Tensor, scale: float, roundings
     sizes = equation(P.double().abs(), T.double().abs(), F.double().abs(), abs(scale))
 
     assert found.dtype == P.dtype and found.shape == exact.shape
-    sums = terms(*P.shape, len(F)) * 2**-24 * sizes
+    sums = terms(*P.shape) * 2**-24 * sizes
     rounding = roundings * ROUNDING.get(P.dtype, 0.0)
     error = (found.double() - exact).abs()
     assert (error <= sums + rounding * (exact.abs() + sums)).all()
@@ -142,7 +131,7 @@ def test_the_number_of_threads_does_not_change_a_bit(product: str, dtype: torch.
 def test_without_openmp_the_result_is_the_same(
     product: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The thread pool divides rows anywhere, not at multiples of 16."""
+    """The thread pool divides pairs anywhere, not at multiples of 16."""
     P, T, F = matrices(1026, 416, 8, dtype)
     function = PRODUCTS[product][0]
     expected = function(P, T, F, 1.5)
@@ -169,18 +158,6 @@ def test_nan_and_infinity_come_out_where_they_should(product: str, dtype: torch.
             infinite = expected.isinf()
             assert torch.equal(found.isinf(), infinite)
             assert torch.equal(found[infinite], expected[infinite])
-
-
-@every_dtype
-def test_nothing_is_written_beside_a_result(dtype: torch.dtype) -> None:
-    """Rows are processed four at a time, and 38 is no multiple of it."""
-    memory = torch.full((64, 64), 7.0, dtype=dtype)
-    P, T, F = matrices(38, 64, 8, dtype)
-    inside = memory[13:51]
-    inside.copy_(P)
-    add_product(inside, T, F, 1.0)
-    assert torch.equal(inside, added(P, T, F, 1.0))
-    assert (memory[:13] == 7).all() and (memory[51:] == 7).all()
 
 
 @pytest.mark.parametrize(
@@ -223,9 +200,6 @@ def test_factors_that_do_not_fit_are_refused() -> None:
         lambda: project(P, F.bfloat16()),
         lambda: contract(T[:32], P, 1.0),
         lambda: contract(T.bfloat16(), P, 1.0),
-        lambda: add_product(P, T[:32], F, 1.0),
-        lambda: add_product(P, T, F[:, :32], 1.0),
-        lambda: add_product(P, T, F.double(), 1.0),
     ]
     for call in wrong:
         with pytest.raises(RuntimeError):
@@ -233,8 +207,8 @@ def test_factors_that_do_not_fit_are_refused() -> None:
 
 
 def test_the_call_is_laid_out_as_the_kernels_read_it() -> None:
-    # team.py reads the number of rows from the first field, and writes the kernel to the second.
-    assert (module._Call.rows.offset, module._Call.kernel.offset) == (0, 8)
+    # team.py reads how much there is from the first field, and writes the kernel to the second.
+    assert (module._Call.pairs.offset, module._Call.kernel.offset) == (0, 8)
     assert ctypes.sizeof(module._Call) == module._CALL.itemsize
 
 
