@@ -74,7 +74,7 @@ class _NF4LoRALinear(torch.autograd.Function):
         p: float,
         seed: Tensor | None,
     ) -> Tensor:
-        z = _drop(x, p, seed) @ A.T  # [M, r]
+        z = ops.project(_drop(x, p, seed), A)  # x A^T [M, r]
         ctx.save_for_backward(x, A, B, z, seed)
         ctx.w, ctx.scale, ctx.p = w, scale, p
         return ops.nf4_lora_linear(x, w, bias, z, B, scale)
@@ -87,12 +87,11 @@ class _NF4LoRALinear(torch.autograd.Function):
         w, scale, p = ctx.w, ctx.scale, ctx.p
         needs_dx, _, needs_dbias, needs_dA, needs_dB, *_ = ctx.needs_input_grad
 
-        u = dy @ B  # [M, r]
+        u = ops.project(dy, B.T)  # dy B [M, r]
         dx = _input_gradient(dy, w, u, A, scale, p, seed) if needs_dx else None
         dbias = dy.sum(0) if needs_dbias else None
-        dA = (u.T @ _drop(x, p, seed)).mul_(scale) if needs_dA else None
-        # dy^T z, in the order that BLAS is faster at.
-        dB = (z.T @ dy).mul_(scale).T if needs_dB else None
+        dA = ops.contract(u, _drop(x, p, seed), scale) if needs_dA else None
+        dB = ops.contract(z, dy, scale).T if needs_dB else None
         return dx, None, dbias, dA, dB, None, None, None
 
 

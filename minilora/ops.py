@@ -39,6 +39,8 @@ _SCHEMAS = {
     "double_dequantize": ("nf4", "(Tensor codes, Tensor absmax2, Tensor offset) -> Tensor"),
     "dequantize": ("nf4", f"({_WEIGHT}, ScalarType dtype) -> Tensor"),
     "dropout": ("dropout", "(Tensor x, float p, Tensor seed) -> Tensor"),
+    "project": ("lora", "(Tensor x, Tensor A) -> Tensor"),
+    "contract": ("lora", "(Tensor u, Tensor x, float scale) -> Tensor"),
     "nf4_linear": ("matmul", f"(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor"),
     "nf4_linear_backward": ("matmul", f"(Tensor dy, {_WEIGHT}) -> Tensor"),
     "nf4_lora_linear": ("lora", f"(Tensor x, {_WEIGHT}, Tensor? bias, {_LOW_RANK}) -> Tensor"),
@@ -113,6 +115,14 @@ def _fake_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _fake_project(x: Tensor, A: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], len(A)))
+
+
+def _fake_contract(u: Tensor, x: Tensor, scale: float) -> Tensor:
+    return x.new_empty((u.shape[1], x.shape[1]))
+
+
 def _fake_nf4_linear(x: Tensor, w: PackedWeight, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], w.shape[0]))
 
@@ -137,13 +147,12 @@ for _name, (_file, _signature) in _SCHEMAS.items():
         torch.library.impl(_operator, _key, _call)
 
 
-def _undispatched(name: str) -> Callable[..., Tensor]:
+def _undispatched(name: str, dispatched: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The operator with the signature of kernels/reference, called without PyTorch's dispatcher.
 
     A dispatch takes 10 microseconds, as long as a small layer with a single row. It is needed where
     something traces or watches the operators, and on other devices than the CPU.
     """
-    dispatched = _with_weight(name)
     cpu_kernel = _kernel("cpu", _SCHEMAS[name][0], name)
 
     def call(x: Tensor, *rest: Any) -> Tensor:
@@ -166,8 +175,10 @@ double_quantize = torch.ops.minilora.double_quantize.default
 double_dequantize = torch.ops.minilora.double_dequantize.default
 dropout = torch.ops.minilora.dropout.default
 dequantize = _with_weight("dequantize", at=0)
+project = _undispatched("project", torch.ops.minilora.project.default)
+contract = _undispatched("contract", torch.ops.minilora.contract.default)
 nf4_linear = _with_weight("nf4_linear")
 nf4_linear_backward = _with_weight("nf4_linear_backward")
 nf4_lora_linear = _with_weight("nf4_lora_linear")
-nf4_inference = _undispatched("nf4_inference")
+nf4_inference = _undispatched("nf4_inference", _with_weight("nf4_inference"))
 nf4_lora_linear_backward = _with_weight("nf4_lora_linear_backward")

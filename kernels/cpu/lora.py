@@ -7,7 +7,10 @@ from torch import Tensor
 
 from ..reference.nf4 import PackedWeight
 from .few_rows import few_rows, is_faster
+from .low_rank import contract, project
 from .matmul import nf4_linear, nf4_linear_backward
+
+__all__ = ["contract", "nf4_inference", "nf4_lora_linear", "nf4_lora_linear_backward", "project"]
 
 
 def nf4_lora_linear(
@@ -40,7 +43,7 @@ def nf4_inference(
     if A is None or B is None:
         return nf4_linear(x, w, bias)
     A, B = A.to(x.dtype), B.to(x.dtype)
-    return nf4_lora_linear(x, w, bias, x @ A.T, B, scale)
+    return nf4_lora_linear(x, w, bias, project(x, A), B, scale)
 
 
 def nf4_lora_linear_backward(

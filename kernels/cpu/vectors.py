@@ -23,6 +23,10 @@ I32x16 = VectorType(I32, 16)
 F32x16 = VectorType(F32, 16)
 
 
+# Arguments of LLVM's prefetch.
+_TO_READ, _KEEP, _DATA = 0, 3, 1
+
+
 def splat(vector: VectorType, value: float) -> ir.Constant:
     return ir.Constant(vector, [value] * vector.count)
 
@@ -154,6 +158,13 @@ class Arrays:
     ) -> Value:
         pointer = self._pointer(which, index, vector)
         return self.builder.load(pointer, align=_bytes_per_lane(vector))
+
+    def prefetch(self, which: int, index: Value) -> None:
+        """Asks for a cache line that will be read soon. It may lie behind the array."""
+        b = self.builder
+        address = b.bitcast(self._pointer(which, index, I8x16), I8.as_pointer())
+        settings = [ir.Constant(I32, value) for value in (_TO_READ, _KEEP, _DATA)]
+        call_llvm(b, "llvm.prefetch.p0", address, *settings, result=ir.VoidType())
 
     def load_scalar(self, which: int, index: Value) -> Value:
         array = self.context.make_array(self.kinds[which])

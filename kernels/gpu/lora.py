@@ -6,14 +6,17 @@ The low-rank term is added in the accumulator of a tile, in the last sum of the 
 the dense path where y is wider than x, with W and s B multiplied side by side. A product of its own
 reads and writes all of y once more, which at 4096 rows moves more bytes than dequantizing W; the
 dense path pays that for a square W. z [M, r] and u [M, r] are small products that the gradients of
-A and B need as well.
+A and B need as well; cuBLAS multiplies.
 """
 
 from torch import Tensor
 
+from ..reference.lora import contract, project
 from ..reference.nf4 import PackedWeight
 from .matmul import backward, forward
 from .runtime import LowRank
+
+__all__ = ["contract", "nf4_inference", "nf4_lora_linear", "nf4_lora_linear_backward", "project"]
 
 
 def nf4_lora_linear(
@@ -40,7 +43,7 @@ def nf4_inference(
     if A is None or B is None:
         return forward(x, w, bias, None)
     A, B = A.to(x.dtype), B.to(x.dtype)
-    return nf4_lora_linear(x, w, bias, x @ A.T, B, scale)
+    return nf4_lora_linear(x, w, bias, project(x, A), B, scale)
 
 
 def nf4_lora_linear_backward(

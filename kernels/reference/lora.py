@@ -39,6 +39,16 @@ def merged_weight(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return merged.to(W.dtype)
 
 
+def project(x: Tensor, A: Tensor) -> Tensor:
+    """Returns z = x A^T, [.., r]; or u = dy B, from dy and B^T."""
+    return x @ A.T
+
+
+def contract(u: Tensor, x: Tensor, scale: float) -> Tensor:
+    """Returns dA = scale u^T x, [r, I], from u [M, r] and x [M, I]; or dB^T, from z and dy."""
+    return scale * (u.T @ x)
+
+
 def nf4_lora_linear(
     x: Tensor,
     w: PackedWeight,
@@ -63,16 +73,12 @@ def nf4_inference(
     """Returns x W^T + bias + scale (x A^T) B^T, [.., O], in x's dtype; no gradient is needed."""
     if A is None or B is None:
         return nf4_linear(x, w, bias)
-    z = x @ A.to(x.dtype).T
+    z = project(x, A.to(x.dtype))
     return nf4_lora_linear(x, w, bias, z, B.to(x.dtype), scale)
 
 
 def nf4_lora_linear_backward(
-    dy: Tensor,
-    w: PackedWeight,
-    u: Tensor,
-    A: Tensor,
-    scale: float,
+    dy: Tensor, w: PackedWeight, u: Tensor, A: Tensor, scale: float
 ) -> Tensor:
     """Returns dx = dy W + scale u A, [.., I], in dy's dtype."""
     return nf4_linear_backward(dy, w) + scale * (u @ A)

@@ -25,6 +25,8 @@ NAMES = (
     "double_dequantize",
     "dequantize",
     "dropout",
+    "project",
+    "contract",
     "nf4_linear",
     "nf4_linear_backward",
     "nf4_lora_linear",
@@ -56,6 +58,9 @@ def calls() -> list[Any]:
         found.append(case("quantize", (gaussian(3, 43, dtype=dtype), 64, "nf4"), str(dtype)))
         dropped = gaussian(43, 3, dtype=dtype).T, 0.3, torch.tensor(1)
         found.append(case("dropout", dropped, str(dtype)))
+        x, u = gaussian(6, 64, dtype=dtype), gaussian(6, 8, dtype=dtype)
+        found.append(case("project", (x, gaussian(64, 8, dtype=dtype).T), str(dtype)))
+        found.append(case("contract", (u, x, 1.5), str(dtype)))
 
     # The blocks of the second cross its rows.
     for shape, block in (((33, 128), 64), ((5, 70), 32)):
