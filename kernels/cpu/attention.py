@@ -24,7 +24,6 @@ import ctypes
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numba import carray
@@ -34,7 +33,7 @@ from . import avx512, team
 from .floats import widened
 from .heads import Strided, read_head, strided, write_head
 from .products import COLUMNS, add_product, add_transposed_product
-from .runtime import jit
+from .runtime import jit, jit_reordered
 from .scores import (
     LOWEST,
     exponentials,
@@ -58,8 +57,6 @@ from .words import (
 
 # The fewest scores that are worth a thread of their own.
 _GRAIN = 1 << 15
-
-_ANY_ORDER = {"reassoc"}
 
 # A team divides its work in multiples of 16: as which a head counts.
 _UNITS = 16
@@ -257,7 +254,7 @@ def _row_dots(x: Any, y: Any, width: int, out: Any) -> None:
         out[i] = _dot(x, y, i * width, width)
 
 
-@numba.njit(nogil=True, error_model="numpy", fastmath=_ANY_ORDER)  # type: ignore[untyped-decorator]
+@jit_reordered
 def _dot(
     x: Any,
     y: Any,

@@ -54,6 +54,13 @@ class _Attention(torch.autograd.Function):
         return *gradients, None, None, None
 
 
+def is_supported(dtype: torch.dtype) -> bool:
+    """Whether this processor computes attention in a dtype: see `covers`."""
+    from minilora.kernels.cpu.attention import supports
+
+    return supports(dtype)
+
+
 def cpu_attention(
     q: Tensor,
     k: Tensor,
@@ -76,11 +83,19 @@ def cpu_attention(
     Returns:
         [B, H, L, D], in q's dtype.
 
+    Raises:
+        TypeError: this processor has no instructions for the dtype.
+
     Example:
         >>> q, k, v = torch.randn(2, 9, 32, 8), torch.randn(2, 3, 32, 8), torch.randn(2, 3, 32, 8)
         >>> cpu_attention(q, k, v, causal=True, scale=8**-0.5).shape
         torch.Size([2, 9, 32, 8])
     """
+    if not is_supported(q.dtype):
+        raise TypeError(
+            f"q is {q.dtype}: this takes float32 on processors with AVX-512, and bfloat16 on those "
+            "with AVX512-BF16; use torch.nn.functional.scaled_dot_product_attention"
+        )
     apply: Any = _Attention.apply
     return apply(q, k, v, mask, causal, scale)  # type: ignore[no-any-return]
 
@@ -101,8 +116,6 @@ def covers(
     from MIN_LENGTH queries on. Not under autocast, which chooses dtypes by the operation, and not
     while torch.compile traces: it makes kernels of its own.
     """
-    from minilora.kernels.cpu.attention import supports
-
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     if q.device.type != "cpu" or not q.dtype == k.dtype == v.dtype:
@@ -112,7 +125,7 @@ def covers(
     keys = (B, K, J, D)
     if k.shape != keys or v.shape != keys or H % K or L < MIN_LENGTH:
         return False
-    if dropout or not supports(q.dtype):
+    if dropout or not is_supported(q.dtype):
         return False
     if mask is None:
         return not causal or J == L

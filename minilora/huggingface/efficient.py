@@ -151,6 +151,8 @@ def _can_be_probed(whole: Any) -> bool:
         return False
     if whole.config.is_encoder_decoder or whole.dtype not in _TOLERANCE:
         return False
+    if not attention.is_supported(whole.dtype):
+        return False
     names = {name for _, name in _implementations(whole)}
     return names == {"sdpa"} and whole._can_set_attn_implementation()
 

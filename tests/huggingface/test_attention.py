@@ -1,4 +1,4 @@
-"""The attention in blocks: as exact as PyTorch's, with gradients, and what it leaves to PyTorch."""
+"""Attention for training: as exact as PyTorch's, with gradients, and what it leaves to PyTorch."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,7 +12,17 @@ import torch.nn.functional as F
 from helpers import gaussian, same_bits
 from torch import Tensor
 
-from minilora.huggingface.attention import MIN_LENGTH, attention_forward, covers, cpu_attention
+from minilora.huggingface.attention import (
+    MIN_LENGTH,
+    attention_forward,
+    covers,
+    cpu_attention,
+    is_supported,
+)
+
+pytestmark = pytest.mark.skipif(
+    not is_supported(torch.bfloat16), reason="without AVX512-BF16 PyTorch's attention is used"
+)
 
 Masks = Callable[[int, int], Tensor | None]
 
@@ -260,3 +270,21 @@ def test_the_layers_arguments_mean_the_same(is_causal: bool | None, scaling: flo
     found, weights = attention_forward(LAYER, q, k, v, None, scaling=scaling, is_causal=is_causal)
     assert weights is None and found.is_contiguous() and found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
+def test_a_dtype_without_instructions_is_refused() -> None:
+    q, k, v = grouped(dtype=torch.float16)
+    with pytest.raises(TypeError, match=r"q is torch\.float16.*scaled_dot_product_attention"):
+        cpu_attention(q, k, v, scale=0.25)
+
+
+def test_a_processor_without_the_instructions_takes_pytorchs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("minilora.kernels.cpu.avx512.AVX512_BF16", False)
+    given = grouped(dtype=torch.bfloat16)
+    assert not is_supported(torch.bfloat16) and is_supported(torch.float32)
+    assert not covers(*given, None, causal=True, dropout=0.0)
+    found, _ = attention_forward(LAYER, *given, None)
+    expected = pytorch(*given, None, True)
+    assert same_bits(found, expected.transpose(1, 2))
