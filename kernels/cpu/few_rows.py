@@ -220,6 +220,16 @@ def _even_odd(
                 out[target : target + 64] = 0
 
 
+@jit
+def _size(rows: int, M: int) -> int:
+    """The smallest number of rows that a loop is compiled for, for M of all rows of x."""
+    # One row alone is multiplied by unscaled levels: not the last of several.
+    size = 1 if rows == 1 else 2
+    while size < M:
+        size *= 2
+    return size
+
+
 def _bfloat16_rows(address: int, start: int, stop: int) -> None:
     """y[:, start:stop] of a call with bfloat16 x and y, for up to 16 rows of x at a time."""
     call = carray(pointer(address), 1, _CALL)[0]
@@ -242,7 +252,7 @@ def _bfloat16_rows(address: int, start: int, stop: int) -> None:
 
     for top_x in range(0, call.M, 16):
         M = min(16, call.M - top_x)
-        size = 1 if call.M == 1 else 4 if M <= 4 else 8 if M <= 8 else 16
+        size = _size(call.M, M)
         rows = x[top_x * I : (top_x + M) * I]
         _even_odd(rows, M, size, even_odd, aligned)
         for m in range(M if r else 0):
@@ -327,6 +337,9 @@ def _tile(
             sizes = block, blocks, last, shift, group, at_x, n, target
             if size == 1:
                 add_products(8, 1, arrays, sizes)
+                o += 8
+            elif size == 2:
+                add_products(8, 2, arrays, sizes)
                 o += 8
             elif size == 4:
                 add_products(4, 4, arrays, sizes)
