@@ -1,6 +1,7 @@
 """A training step of minilora and of peft + bitsandbytes on SmolLM2-135M: seconds and memory.
 
     python tests/bench/train_step.py            the cases of the table, one round
+    python tests/bench/train_step.py --growth   and how cost grows with batch and length
     python tests/bench/train_step.py --full     three rounds; how cost grows; reference lines
     python tests/bench/train_step.py --full --store     ... into docs/benchmarks, and the page
 
@@ -222,7 +223,7 @@ def run_all(folder: Path, options: argparse.Namespace) -> bench.Result:
             sides += REFERENCE_LINES
         rows.append({"name": name} | compare(folder, case, sides, options))
         print(main_table(rows[-1:]), flush=True)
-    if options.full and not options.cases:
+    if options.growth or (options.full and not options.cases):
         growth = [compare(folder, case, [OURS, THEIRS], options) for case in GROWTH]
         print(growth_table(growth))
         for name, ratio in doublings(growth, OURS).items():
@@ -233,6 +234,7 @@ def run_all(folder: Path, options: argparse.Namespace) -> bench.Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=MAIN, help="only these; default: all")
+    parser.add_argument("--growth", action="store_true", help="also how cost grows, as in --full")
     parser.add_argument("--steps", type=int, default=4, help="timed steps per process")
     bench.add_options(parser)
     options = parser.parse_args()
