@@ -29,7 +29,8 @@ from .low_rank_vectors import (
     store_scaled,
 )
 from .runtime import jit
-from .team import pointer
+from .team import elements, pointer
+from .words import padded, pair
 
 # Rows of P whose products are summed in registers, before their sum is added to that in memory.
 _CHUNK = 32
@@ -73,13 +74,6 @@ def _project(
 
 
 @jit
-def _pair(low: Any, high: Any) -> Any:
-    """Two bfloat16 numbers as a word of 32 bits."""
-    above = np.uint32(high) << np.uint32(16)
-    return above | np.uint32(low)
-
-
-@jit
 def _words(
     T: Any,
     first: int,
@@ -97,7 +91,7 @@ def _words(
         target = np.uint64(k * FACTORS)
         for j in range(np.uint64(FACTORS)):
             if T.itemsize == 2:
-                out[target + j] = _pair(T[even + j], T[odd + j])
+                out[target + j] = pair(T[even + j], T[odd + j])
             else:
                 out[target + j] = T[even + j]
     return count
@@ -136,45 +130,29 @@ def _contract(
 
 
 @jit
-def _up(n: int, step: int) -> Any:
-    """n, rounded up to a multiple of `step`."""
-    return -(-n // step) * step
-
-
-@jit
-def _multiply(
-    call: Any,
-    P: Any,
-    T: Any,
-    F: Any,
-    start: int,
-    stop: int,
-) -> None:
+def _multiply(call: Any, dtype: Any, start: int, stop: int) -> None:
     """The share of a thread: pairs of rows of P, or pairs of columns."""
+    M, N, r = call.M, call.N, call.r
+    P = elements(call.P, dtype, 0, M * N)
+    T = elements(call.T, dtype, 0, M * r)
+    F = elements(call.F, dtype, 0, r * N)
+
     start, stop = 2 * start, 2 * stop
     if call.product == _PROJECT:
         _project(call, P, T, F, start, stop)
     else:
-        first, last = _up(start, COLUMNS), _up(stop, COLUMNS)
+        first, last = padded(start, COLUMNS), padded(stop, COLUMNS)
         _contract(call, P, T, F, first, last)
 
 
 def _multiply_bfloat16(address: int, start: int, stop: int) -> None:
     call = carray(pointer(address), 1, _CALL)[0]
-    M, N, r = call.M, call.N, call.r
-    P = carray(pointer(call.P), M * N, np.uint16)
-    T = carray(pointer(call.T), M * r, np.uint16)
-    F = carray(pointer(call.F), r * N, np.uint16)
-    _multiply(call, P, T, F, start, stop)
+    _multiply(call, np.uint16, start, stop)
 
 
 def _multiply_float32(address: int, start: int, stop: int) -> None:
     call = carray(pointer(address), 1, _CALL)[0]
-    M, N, r = call.M, call.N, call.r
-    P = carray(pointer(call.P), M * N, np.uint32)
-    T = carray(pointer(call.T), M * r, np.uint32)
-    F = carray(pointer(call.F), r * N, np.uint32)
-    _multiply(call, P, T, F, start, stop)
+    _multiply(call, np.uint32, start, stop)
 
 
 def _run(

@@ -36,7 +36,8 @@ def zeros(size: int) -> Any:
 
 
 @jit
-def _pair(low: Any, high: Any) -> Any:
+def pair(low: Any, high: Any) -> Any:
+    """Returns two bfloat16 numbers as a word."""
     above = np.uint32(high) << np.uint32(16)
     return np.uint32(low) | above
 
@@ -53,7 +54,7 @@ def as_pairs(rows: Any, width: int, numbers: int) -> Any:
         low, high = x[even : even + width], x[odd : odd + width]
         pairs = out[first : first + width]
         for i in range(np.uint64(width)):
-            pairs[i] = _pair(low[i], high[i])
+            pairs[i] = pair(low[i], high[i])
     return out
 
 
@@ -105,7 +106,7 @@ def round_to_pairs(
         for i in range(np.uint64(width)):
             below = rounded(low[i], halves)
             above = rounded(high[i], halves)
-            pairs[i] = _pair(below, above)
+            pairs[i] = pair(below, above)
 
 
 @jit

@@ -1,7 +1,7 @@
 """A faster and smaller training step for transformers models, with the same result.
 
-    attention      computed in large products, and again in the backward    attention.py
-    norms, MLPs    fewer passes, and fewer tensors kept for the backward    efficient_modules.py
+    attention      in blocks that stay in cache, and again in the backward    attention.py
+    norms, MLPs    fewer passes, and fewer tensors kept for the backward      efficient_modules.py
 
 `efficient_training` looks for what it knows how to replace, compares each replacement with the
 original on random inputs, and leaves alone whatever it does not recognise. On leaving, everything
