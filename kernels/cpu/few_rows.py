@@ -85,6 +85,8 @@ def few_rows(
         return few_rows(x.float(), w, A, B, scale).to(x.dtype)
 
     O, I = w.shape
+    if x.shape[-1] != I:
+        raise ValueError(f"x {tuple(x.shape)} does not fit a weight {(O, I)}: it is [.., in]")
     y = x.new_empty(*x.shape[:-1], O)
     x = x.contiguous()
     r, address_A, address_B = 0, 0, 0

@@ -1,11 +1,13 @@
 """LoRA over a 4-bit base on the CPU: the functions of reference/lora.py that take a packed weight.
 
-The low-rank term is added in place: y is read and written once more, not copied.
+many_rows.py adds the low-rank term before it rounds. Where BLAS multiplies, the term is added to y
+in place: in bfloat16 what is smaller than the rounding of y is lost.
 """
 
 from torch import Tensor
 
 from ..reference.nf4 import PackedWeight
+from . import many_rows
 from .few_rows import few_rows, is_faster
 from .low_rank import contract, project
 from .matmul import nf4_linear, nf4_linear_backward
@@ -22,6 +24,9 @@ def nf4_lora_linear(
     scale: float,
 ) -> Tensor:
     """Returns x W^T + bias + scale z B^T, [.., O], in x's dtype."""
+    if many_rows.is_fast(x, w, z, B, forward=True):
+        y = many_rows.product(x, w, z, B, scale, forward=True)
+        return y if bias is None else y.add_(bias)
     O, r = B.shape
     y = nf4_linear(x, w, bias)
     y.view(-1, O).addmm_(z.reshape(-1, r), B.T, alpha=scale)
@@ -54,6 +59,8 @@ def nf4_lora_linear_backward(
     scale: float,
 ) -> Tensor:
     """Returns dx = dy W + scale u A, [.., I], in dy's dtype."""
+    if many_rows.is_fast(dy, w, u, A, forward=False):
+        return many_rows.product(dy, w, u, A, scale, forward=False)
     r, I = A.shape
     dx = nf4_linear_backward(dy, w)
     dx.view(-1, I).addmm_(u.reshape(-1, r), A, alpha=scale)

@@ -24,9 +24,9 @@ from .vectors import (
     add_constant,
     add_dot,
     broadcast,
-    call_llvm,
     interleave,
     multiply_add,
+    rounded_halves,
     shuffle,
     splat,
     sums_of_lanes,
@@ -97,12 +97,6 @@ def _load_two(arrays: Arrays, which: int, start: Value) -> list[Value]:
     return [arrays.load(F32x16, which, at) for at in (start, second)]
 
 
-def _rounded(b: IRBuilder, low: Value, high: Value) -> Value:
-    """Returns 32 float32 numbers as bfloat16: to nearest, ties to even."""
-    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
-    return call_llvm(b, name, high, low, result=I16x32)
-
-
 def _dots(context: Any, b: IRBuilder, signature: Any, args: Any) -> Any:
     arrays = Arrays(context, b, signature, args)
     vector = _vector(signature.args[0])
@@ -127,7 +121,7 @@ def _dots(context: Any, b: IRBuilder, signature: Any, args: Any) -> Any:
 
     total = sums_of_lanes(b, [sums[k] for k in range(count)])
     if vector == I16x32:
-        total = _rounded(b, total, total)
+        total = rounded_halves(b, total, total)
     for i in range(ROWS):
         first = i * FACTORS
         places = list(range(first, first + FACTORS))
@@ -174,7 +168,7 @@ def _store_scaled(context: Any, b: IRBuilder, signature: Any, args: Any) -> Any:
     low, high = (b.fmul(scale, x) for x in _load_two(arrays, 0, source))
 
     if _vector(signature.args[3]) == I16x32:
-        arrays.store(_rounded(b, low, high), 3, target)
+        arrays.store(rounded_halves(b, low, high), 3, target)
     else:
         second = add_constant(b, target, 16)
         arrays.store(low, 3, target)

@@ -1,10 +1,9 @@
 """The products with a 4-bit weight on the CPU: the functions of reference/matmul.py.
 
-With many rows of x, W is dequantized into scratch memory that the thread keeps, and BLAS
-multiplies: the page faults of a new dense W take longer than dequantizing it (7 ms against 1.5 ms
-for 4096 x 4096 in bfloat16). A single row needs no dense W at all: few_rows.py multiplies the
-weights as it decodes them, and without gradients it does so for up to 32 rows (`nf4_inference` in
-lora.py).
+Both few and many rows of x are multiplied by weights that are decoded on the way, in few_rows.py
+and many_rows.py. What is here is for processors and sizes that many_rows.py does not take: W is
+dequantized into scratch memory that the thread keeps, and BLAS multiplies. The page faults of a new
+dense W would take longer than dequantizing it (7 ms against 1.5 ms for 4096 x 4096 in bfloat16).
 """
 
 import threading
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.nf4 import PackedWeight
-from . import nf4
+from . import many_rows, nf4
 from .few_rows import few_rows
 from .runtime import empty
 
@@ -44,6 +43,9 @@ def _is_tiled(w: PackedWeight, dtype: torch.dtype) -> bool:
 
 def nf4_linear(x: Tensor, w: PackedWeight, bias: Tensor | None) -> Tensor:
     """Returns x W^T + bias, [.., O], in x's dtype."""
+    if many_rows.is_fast(x, w, forward=True):
+        out = many_rows.product(x, w, forward=True)
+        return out if bias is None else out.add_(bias)
     if not _is_tiled(w, x.dtype):
         W = nf4.dequantize(w, x.dtype)
         return F.linear(x, W, bias)
@@ -53,7 +55,7 @@ def nf4_linear(x: Tensor, w: PackedWeight, bias: Tensor | None) -> Tensor:
         out = few_rows(x, w)
     else:
         out = x.new_empty((*x.shape[:-1], O))
-        _tiled_product(x.reshape(-1, I), w, out.view(-1, O))
+        _tiled_product(x.reshape(-1, x.shape[-1]), w, out.view(-1, O))
     return out if bias is None else out.add_(bias)
 
 
@@ -75,11 +77,13 @@ def _tiled_product(x: Tensor, w: PackedWeight, y: Tensor) -> None:
 
 def nf4_linear_backward(dy: Tensor, w: PackedWeight) -> Tensor:
     """Returns dx = dy W, [.., I], in dy's dtype."""
+    if many_rows.is_fast(dy, w, forward=False):
+        return many_rows.product(dy, w, forward=False)
     if not _is_tiled(w, dy.dtype):
         return dy @ nf4.dequantize(w, dy.dtype)
 
-    O, I = w.shape
-    rows = dy.reshape(-1, O)
+    I = w.shape[1]
+    rows = dy.reshape(-1, dy.shape[-1])
     out = dy.new_empty((*dy.shape[:-1], I))
     _tiled_product_backward(rows, w, out.view(-1, I))
     return out

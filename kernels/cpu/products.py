@@ -26,16 +26,88 @@ from .vectors import (
     I32x16,
     add_constant,
     add_dot,
+    at_row,
     broadcast,
-    interleave,
     multiply_add,
+    rounded_halves,
+    splat,
 )
 
 # Of C, in one call of the intrinsic: rows, and registers of 16 columns.
-_ROWS = 8
+ROWS = 8
 _REGISTERS = 2
 
 COLUMNS = 16 * _REGISTERS
+
+
+class _Tile:
+    """Sums of 8 rows and 32 columns, in registers: variables, which LLVM keeps there."""
+
+    def __init__(self, b: IRBuilder) -> None:
+        self.b = b
+        self._places = [(r, v) for r in range(ROWS) for v in range(_REGISTERS)]
+        self._sums = {place: cgutils.alloca_once(b, F32x16) for place in self._places}
+        for place in self._places:
+            b.store(splat(F32x16, 0.0), self._sums[place])
+
+    def add_product(
+        self,
+        numbers: int,
+        arrays: Arrays,
+        A: int,
+        rows_of_A: tuple[Value, Value, Value],
+        B: int,
+        rows_of_B: tuple[Value, Value, Value],
+    ) -> None:
+        """sums[r, i] += sum_k A[a + r a_row + k a_step] B[b + k width + i] for k < steps.
+
+        A and B are positions of arguments; rows_of_A is (a, a_row, a_step), rows_of_B (b, width,
+        steps).
+        """
+        b = self.b
+        a, a_row, a_step = rows_of_A
+        first, width, steps = rows_of_B
+        with cgutils.for_range(b, steps) as loop:
+            k = loop.index
+            row_of_B = b.add(first, b.mul(k, width))
+            column_of_A = b.add(a, b.mul(k, a_step))
+            right = []
+            for v in range(_REGISTERS):
+                word = add_constant(b, row_of_B, 16 * v)
+                right.append(arrays.load(I32x16, B, word))
+
+            for r in range(ROWS):
+                word = at_row(b, column_of_A, a_row, r, 0)
+                left = b.bitcast(arrays.load_scalar(A, word), F32)
+                left = broadcast(b, left)
+                for v in range(_REGISTERS):
+                    total = b.load(self._sums[r, v])
+                    total = _multiply(b, numbers, left, right[v], total)
+                    b.store(total, self._sums[r, v])
+
+    def scale(self, scale: Value) -> None:
+        b, factor = self.b, broadcast(self.b, scale)
+        for variable in self._sums.values():
+            b.store(b.fmul(factor, b.load(variable)), variable)
+
+    def add_memory(
+        self,
+        arrays: Arrays,
+        C: int,
+        c: Value,
+        width: Value,
+    ) -> None:
+        """sums[r, i] += C[c + r width + i]."""
+        b = self.b
+        for r, v in self._places:
+            at = at_row(b, c, width, r, 16 * v)
+            total = b.fadd(arrays.load(F32x16, C, at), b.load(self._sums[r, v]))
+            b.store(total, self._sums[r, v])
+
+    def rows(self) -> list[list[Value]]:
+        """The sums: for each row, its registers."""
+        b = self.b
+        return [[b.load(self._sums[r, v]) for v in range(_REGISTERS)] for r in range(ROWS)]
 
 
 def _add_product(
@@ -48,46 +120,14 @@ def _add_product(
     numbers = signature.args[0].literal_value
     _, _, a, a_row, a_step, _, first, width, steps, _, c = args
 
-    # sums[r, v]: the registers, and where in C they belong.
-    tile = [(r, v) for r in range(_ROWS) for v in range(_REGISTERS)]
-    places = {(r, v): _at(b, c, width, r, 16 * v) for r, v in tile}
-    sums = {at: cgutils.alloca_once(b, F32x16) for at in tile}
-    for at in tile:
-        b.store(arrays.load(F32x16, 9, places[at]), sums[at])
-
-    with cgutils.for_range(b, steps) as loop:
-        k = loop.index
-        row_of_B = b.add(first, b.mul(k, width))
-        column_of_A = b.add(a, b.mul(k, a_step))
-        right = []
-        for v in range(_REGISTERS):
-            word = add_constant(b, row_of_B, 16 * v)
-            right.append(arrays.load(I32x16, 5, word))
-
-        for r in range(_ROWS):
-            word = _at(b, column_of_A, a_row, r, 0)
-            left = b.bitcast(arrays.load_scalar(1, word), F32)
-            left = broadcast(b, left)
-            for v in range(_REGISTERS):
-                total = b.load(sums[r, v])
-                total = _multiply(b, numbers, left, right[v], total)
-                b.store(total, sums[r, v])
-
-    for at in tile:
-        arrays.store(b.load(sums[at]), 9, places[at])
+    tile = _Tile(b)
+    tile.add_product(numbers, arrays, 1, (a, a_row, a_step), 5, (first, width, steps))
+    tile.add_memory(arrays, 9, c, width)
+    for r, row in enumerate(tile.rows()):
+        for v, sums in enumerate(row):
+            at = at_row(b, c, width, r, 16 * v)
+            arrays.store(sums, 9, at)
     return context.get_dummy_value()
-
-
-def _at(
-    b: IRBuilder,
-    first: Value,
-    stride: Value,
-    row: int,
-    column: int,
-) -> Value:
-    """Returns the index first + row stride + column."""
-    rows = b.mul(ir.Constant(first.type, row), stride)
-    return add_constant(b, b.add(first, rows), column)
 
 
 def _multiply(
@@ -120,6 +160,86 @@ def _add_block(
     """C[c + r width + i] += sum_k A[a + r a_row + k a_step] B[b + k width + i]; r < 8, i < 32."""
     kinds = numbers, A, a, a_row, a_step, B, b, width, steps, C, c
     return types.void(*kinds), _add_product
+
+
+@jit
+def _add_tile(
+    numbers: int,
+    A: Any,
+    a: int,
+    a_row: int,
+    a_step: int,
+    B: Any,
+    b: int,
+    width: int,
+    steps: int,
+    C: Any,
+    c: int,
+) -> None:
+    """As `_add_block`: the number is a constant where LLVM compiles."""
+    if numbers == 2:
+        _add_block(2, A, a, a_row, a_step, B, b, width, steps, C, c)
+    else:
+        _add_block(1, A, a, a_row, a_step, B, b, width, steps, C, c)
+
+
+@jit
+def add_tile(
+    numbers: int,
+    A: Any,
+    a: int,
+    a_row: int,
+    B: Any,
+    b: int,
+    steps: int,
+    C: Any,
+) -> None:
+    """C [8, 32] += A B. Row r of A [8, steps] begins at a + r a_row, B [steps, 32] at b."""
+    _add_tile(numbers, A, a, a_row, 1, B, b, COLUMNS, steps, C, 0)
+
+
+# The arrays of `store_sum_of_products`.
+_T, _F, _L, _R, _C, _Y = range(6)
+
+
+def _store_sum(
+    context: Any,
+    b: IRBuilder,
+    signature: Any,
+    args: Any,
+) -> Any:
+    scale, operands, sizes = args
+    operands, sizes = (cgutils.unpack_tuple(b, held) for held in (operands, sizes))
+    kinds = signature.args[1]
+    arrays = Arrays(context, b, types.void(*kinds), operands)
+    t, r_steps, l, l_row, p, steps, y, y_row = sizes
+    numbers = 4 * 8 // kinds[_Y].dtype.bitwidth
+    width, zero, one = (ir.Constant(y.type, value) for value in (COLUMNS, 0, 1))
+
+    tile = _Tile(b)
+    tile.add_product(numbers, arrays, _T, (t, r_steps, one), _F, (zero, width, r_steps))
+    tile.scale(scale)
+    tile.add_product(numbers, arrays, _L, (l, l_row, one), _R, (p, width, steps))
+    tile.add_memory(arrays, _C, zero, width)
+    for r, (low, high) in enumerate(tile.rows()):
+        at = at_row(b, y, y_row, r, 0)
+        if numbers == 2:
+            arrays.store(rounded_halves(b, low, high), _Y, at)
+        else:
+            arrays.store(low, _Y, at)
+            arrays.store(high, _Y, add_constant(b, at, 16))
+    return context.get_dummy_value()
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store_sum_of_products(typing: Any, scale: Any, arrays: Any, sizes: Any) -> Any:
+    """Y = L R + scale T F + C for 8 rows and 32 columns, rounded to the dtype of Y.
+
+    arrays: (T, F, L, R, C, Y), words but for C [8, 32], float32, and Y, bits
+    sizes: (t, r_steps, l, l_row, p, steps, y, y_row): T [8, r_steps] begins at t, row i of L
+        [8, steps] at l + i l_row, R [steps, 32] at p, row i of Y at y + i y_row
+    """
+    return types.void(scale, arrays, sizes), _store_sum
 
 
 @jit
@@ -166,50 +286,6 @@ def _add(
     columns: int,
 ) -> None:
     for i in range(0, columns, COLUMNS):
-        for r in range(0, rows, _ROWS):
+        for r in range(0, rows, ROWS):
             a, c = r * a_row, r * columns + i
-            # The number is a constant where LLVM compiles.
-            if numbers == 2:
-                _add_block(2, A, a, a_row, a_step, B, i, columns, steps, C, c)
-            else:
-                _add_block(1, A, a, a_row, a_step, B, i, columns, steps, C, c)
-
-
-def _transpose(
-    context: Any,
-    b: IRBuilder,
-    signature: Any,
-    args: Any,
-) -> Any:
-    arrays = Arrays(context, b, signature, args)
-    _, source, source_row, _, target, target_row = args
-    starts = [_at(b, source, source_row, r, 0) for r in range(16)]
-    rows = [arrays.load(I32x16, 0, start) for start in starts]
-
-    # Interleaving row i with row i + 8 rotates the bits of (row, column) by one: after four times,
-    # rows and columns have changed places.
-    low, high = range(8), range(8, 16)
-    for _ in range(4):
-        pairs = zip(rows[:8], rows[8:], strict=True)
-        rows = []
-        for p, q in pairs:
-            rows += [interleave(b, p, q, low), interleave(b, p, q, high)]
-
-    for r, row in enumerate(rows):
-        start = _at(b, target, target_row, r, 0)
-        arrays.store(row, 3, start)
-    return context.get_dummy_value()
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def transpose_16(
-    typing: Any,
-    A: Any,
-    a: Any,
-    a_row: Any,
-    B: Any,
-    b: Any,
-    b_row: Any,
-) -> Any:
-    """B[b + i b_row + r] = A[a + r a_row + i] for r, i < 16: arrays of 32-bit elements."""
-    return types.void(A, a, a_row, B, b, b_row), _transpose
+            _add_tile(numbers, A, a, a_row, a_step, B, i, columns, steps, C, c)

@@ -24,7 +24,7 @@ F32x16 = VectorType(F32, 16)
 
 
 # Arguments of LLVM's prefetch.
-_TO_READ, _KEEP, _DATA = 0, 3, 1
+_KEEP, _DATA = 3, 1
 
 
 def splat(vector: VectorType, value: float) -> ir.Constant:
@@ -33,6 +33,18 @@ def splat(vector: VectorType, value: float) -> ir.Constant:
 
 def add_constant(b: IRBuilder, index: Value, constant: int) -> Value:
     return b.add(index, ir.Constant(index.type, constant))
+
+
+def at_row(
+    b: IRBuilder,
+    first: Value,
+    stride: Value,
+    row: int,
+    column: int,
+) -> Value:
+    """Returns the index first + row stride + column."""
+    rows = b.mul(ir.Constant(first.type, row), stride)
+    return add_constant(b, b.add(first, rows), column)
 
 
 def shift_right(b: IRBuilder, vector: Value, bits: int) -> Value:
@@ -159,11 +171,16 @@ class Arrays:
         pointer = self._pointer(which, index, vector)
         return self.builder.load(pointer, align=_bytes_per_lane(vector))
 
-    def prefetch(self, which: int, index: Value) -> None:
-        """Asks for a cache line that will be read soon. It may lie behind the array."""
+    def prefetch(
+        self,
+        which: int,
+        index: Value,
+        to_write: bool = False,
+    ) -> None:
+        """Asks for a cache line that will soon be read, or written. It may lie behind the array."""
         b = self.builder
         address = b.bitcast(self._pointer(which, index, I8x16), I8.as_pointer())
-        settings = [ir.Constant(I32, value) for value in (_TO_READ, _KEEP, _DATA)]
+        settings = [ir.Constant(I32, value) for value in (int(to_write), _KEEP, _DATA)]
         call_llvm(b, "llvm.prefetch.p0", address, *settings, result=ir.VoidType())
 
     def load_scalar(self, which: int, index: Value) -> Value:
@@ -193,3 +210,9 @@ def rounded_to_bfloat16(b: IRBuilder, values: Value) -> Value:
     rounded = b.add(bits, splat(I32x16, 0x7FFF))
     rounded = b.add(rounded, odd)
     return b.trunc(shift_right(b, rounded, 16), I16x16)
+
+
+def rounded_halves(b: IRBuilder, low: Value, high: Value) -> Value:
+    """Returns 32 float32 numbers as bfloat16: to nearest, ties to even. AVX512-BF16."""
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    return call_llvm(b, name, high, low, result=I16x32)

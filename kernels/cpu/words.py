@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .floats import rounded
-from .products import transpose_16
+from .moves import transpose_16
 from .runtime import jit
 
 # Rows of a block.

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from minilora.kernels.cpu import words
 from minilora.kernels.cpu.avx512 import AVX512, AVX512_BF16
-from minilora.kernels.cpu.products import add_product, add_transposed_product, transpose_16
+from minilora.kernels.cpu.moves import transpose_16
+from minilora.kernels.cpu.products import add_product, add_transposed_product
 
 NUMBERS = [
     pytest.param(1, marks=pytest.mark.skipif(not AVX512, reason="used with AVX-512 only")),

@@ -119,20 +119,35 @@ def results_of(losses: dict[str, list[float]], trained: int = 8) -> dict[str, An
     return {side: [{"losses": found, "trained": trained}] for side, found in losses.items()}
 
 
-def test_each_step_is_compared_where_the_dtypes_are_the_same() -> None:
-    case, late = sides.Case(), [3.0, 2.0]
-    prepared = results_of({sides.OURS: [3.0, 2.8], sides.THEIRS: late})
-    train_step.check_results(case, prepared)
-    for side in (sides.SAME_DTYPE, sides.OURS):
-        wrong = prepared | {side: [{"losses": late, "trained": 8}]}
-        wrong[sides.OURS] = prepared[sides.OURS] + wrong.get(sides.OURS, [])
+def test_each_step_is_compared_where_the_roundings_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bfloat16, float32 = sides.Case(), sides.Case(dtype="float32")
+
+    def check(case: sides.Case, other: str, losses: list[float]) -> None:
+        ours = [{"losses": [3.0, 2.0], "trained": 8}]
+        found = {sides.OURS: ours} | results_of({other: losses})
+        train_step.check_results(case, found)
+
+    late, wrong = [3.0, 2.8], [3.1, 2.0]
+    for has_it in (True, False):
+        monkeypatch.setattr(train_step, "AVX512_BF16", has_it)
+        check(bfloat16, sides.SAME_DTYPE, late)
+        for case in (bfloat16, sides.Case(dropout=0.05)):
+            with pytest.raises(SystemExit, match="step 1"):
+                check(case, sides.THEIRS, wrong)
         with pytest.raises(SystemExit, match="step 2"):
-            train_step.check_results(case, wrong)
+            check(float32, sides.THEIRS, late)
+
+    check(bfloat16, sides.THEIRS, late)
+    monkeypatch.setattr(train_step, "AVX512_BF16", True)
     with pytest.raises(SystemExit, match="step 2"):
-        train_step.check_results(sides.Case(dtype="float32"), prepared)
-    with pytest.raises(SystemExit, match="step 1"):
-        first = results_of({sides.OURS: [3.0], sides.THEIRS: [3.1]})
-        train_step.check_results(sides.Case(dropout=0.05), first)
+        check(bfloat16, sides.THEIRS, late)
+
+    two_rounds = results_of({sides.OURS: [3.0, 2.0]})
+    two_rounds[sides.OURS] += results_of({sides.OURS: late})[sides.OURS]
+    with pytest.raises(SystemExit, match="step 2"):
+        train_step.check_results(bfloat16, two_rounds)
 
 
 def test_the_same_numbers_have_to_be_trained() -> None:

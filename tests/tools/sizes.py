@@ -25,7 +25,7 @@ LAYOUT = {
 
 
 # Kernels of what `efficient_training` replaces: attention, norms, MLPs. LoRA and NF4 do without.
-STEP = {"attention", "scores", "heads", "words", "products"}
+STEP = {"attention", "scores", "heads", "words", "products", "moves"}
 STEP |= {"rms_norm", "swiglu", "exponential", "floats"}
 
 
