@@ -12,8 +12,8 @@ printed if they differ. A time is the median of the steps of a process, and of t
 peft's `prepare_model_for_kbit_training` makes the residual stream float32, and the losses of every
 step are compared with that. A third side goes without: it computes in the dtypes that minilora
 computes in, but rounds x W^T to bfloat16 before the adapter's term is added, and an update smaller
-than that rounding is lost. So only its loss before the first update is compared. On processors without
-AVX512-BF16 minilora rounds so too, and only the first loss is compared with any side.
+than that rounding is lost. So only its loss before the first update is compared. Without
+AVX512-BF16 minilora rounds so too, and that holds for all sides.
 
 Memory is the peak of the process (VmHWM), as it is and above what was resident once the libraries
 were imported. It includes loading.
