@@ -22,6 +22,7 @@ Dimension letters: B batch, H query heads, K key heads, L queries, J keys, D hea
 """
 
 import ctypes
+import functools
 import math
 from typing import Any
 
@@ -37,6 +38,7 @@ from .products import COLUMNS, add_product, add_transposed_product
 from .runtime import jit, jit_reordered
 from .scores import (
     LOWEST,
+    add_scaled,
     exponentials,
     is_used,
     multiply_block,
@@ -49,6 +51,7 @@ from .words import (
     BLOCK,
     as_columns,
     as_pairs,
+    clear,
     padded,
     round_to_pairs,
     round_to_rows,
@@ -59,18 +62,22 @@ from .words import (
 # The fewest scores that are worth a thread of their own.
 _GRAIN = 1 << 15
 
+# So many groups of query heads are enough for a thread to sum each by itself.
+_GROUPS_PER_THREAD = 4
+
 # A team divides its work in multiples of 16: as which a head counts.
 _UNITS = 16
 
 _SIZES = ("B", "H", "K", "L", "J", "D")
-_INTEGERS = ("rows", "kernel", *_SIZES, "causal", "mask", "mask_batch", "lse")
+_INTEGERS = ("rows", "kernel", *_SIZES, "group", "causal", "mask", "mask_batch", "lse")
 _TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 
 
 class _Call(ctypes.Structure):
     """A call, as the threads read it. Addresses are 0 where there is no such tensor.
 
-    mask is uint8 [B or 1, J, L] and lse float32 [B, H, L]; dk and dv have H heads.
+    mask is uint8 [B or 1, J, L] and lse float32 [B, H, L]. A thread takes `group` query heads with
+    the same keys at a time; dk and dv have a head for each group.
     """
 
     _fields_ = (
@@ -118,7 +125,7 @@ def _forward_head(call: Any, b: int, h: int) -> None:
     scaling = np.empty(BLOCK, np.float32)
 
     for i in range(0, call.L, BLOCK):
-        O[:] = 0
+        clear(O)
         total[:] = 0
         maximum[:] = LOWEST
         for j in range(0, call.J, BLOCK):
@@ -151,12 +158,34 @@ def _forward_head(call: Any, b: int, h: int) -> None:
 
 def _backward(address: int, start: int, stop: int) -> None:
     call = carray(pointer(address), 1, _CALL)[0]
-    for head in range(start // _UNITS, stop // _UNITS):
-        _backward_head(call, head // call.H, head % call.H)
+    groups = call.H // call.group
+    for group in range(start // _UNITS, stop // _UNITS):
+        _backward_group(call, group // groups, group % groups)
 
 
 @jit
-def _backward_head(call: Any, b: int, h: int) -> None:
+def _backward_group(call: Any, b: int, g: int) -> None:
+    """The gradients of one group of query heads, and the sums of their dk and dv."""
+    width = padded(call.D, COLUMNS)
+    size = padded(call.J, BLOCK) * width
+    dk, dv = zeros(size).view(np.float32), zeros(size).view(np.float32)
+    for h in range(g * call.group, (g + 1) * call.group):
+        _backward_head(call, b, h, dk, dv)
+
+    for j in range(0, call.J, BLOCK):
+        rows = min(BLOCK, call.J - j)
+        write_head(call.dk, b, g, j, rows, dk[j * width :], call.D)
+        write_head(call.dv, b, g, j, rows, dv[j * width :], call.D)
+
+
+@jit
+def _backward_head(
+    call: Any,
+    b: int,
+    h: int,
+    dk_sum: Any,
+    dv_sum: Any,
+) -> None:
     numbers = 4 // call.q.itemsize
     width = padded(call.D, COLUMNS)
     words, steps = width // numbers, BLOCK // numbers
@@ -181,8 +210,8 @@ def _backward_head(call: Any, b: int, h: int) -> None:
     dv = zeros(BLOCK * width).view(np.float32)
 
     for j in range(0, call.J, BLOCK):
-        dk[:] = 0
-        dv[:] = 0
+        clear(dk)
+        clear(dv)
         for i in range(0, call.L, BLOCK):
             if not is_used(call, b, j, i):
                 continue
@@ -203,10 +232,8 @@ def _backward_head(call: Any, b: int, h: int) -> None:
             sums = dq[i * width :]
             add_transposed_product(numbers, pairs, right, sums, width, steps, BLOCK)
 
-        size = min(BLOCK, call.J - j)
-        dk *= call.scale
-        write_head(call.dk, b, h, j, size, dk, call.D)
-        write_head(call.dv, b, h, j, size, dv, call.D)
+        add_scaled(call.scale, dk, dk_sum[j * width :])
+        add_scaled(np.float32(1), dv, dv_sum[j * width :])
 
     dq *= call.scale
     for i in range(0, call.L, BLOCK):
@@ -286,14 +313,15 @@ def _run(
     causal: bool,
     scale: float,
     lse: Tensor,
+    group: int,
     **tensors: Tensor,
 ) -> None:
     B, H, L, D = tensors["q"].shape
     _, K, J, _ = tensors["k"].shape
     sizes = dict(zip(_SIZES, (B, H, K, L, J, D), strict=True))
 
-    heads = B * H
-    call = _Call(rows=heads * _UNITS, causal=causal, scale=scale, **sizes)
+    groups = B * H // group
+    call = _Call(rows=groups * _UNITS, group=group, causal=causal, scale=scale, **sizes)
     call.lse = lse.data_ptr()
     # What the call points to lives in variables, as long as the call.
     if mask is not None:
@@ -304,8 +332,8 @@ def _run(
         tensors[name] = t if t.stride(3) == 1 else t.contiguous()
         setattr(call, name, strided(tensors[name]))
 
-    work = heads * L * J // _GRAIN
-    team.run(kernel, call, call.rows, min(heads, work))
+    work = B * H * L * J // _GRAIN
+    team.run(kernel, call, call.rows, min(groups, work))
 
 
 def attention(
@@ -324,7 +352,7 @@ def attention(
     out = _empty(q.shape, q.dtype)
     lse = torch.empty(q.shape[:3])
     tensors = {"q": q, "k": k, "v": v, "out": out}
-    _run(_forward, mask, causal, scale, lse, **tensors)
+    _run(_forward, mask, causal, scale, lse, 1, **tensors)
     return out, lse
 
 
@@ -342,21 +370,23 @@ def attention_backward(
     """Returns dq, dk and dv from the arguments and results of `attention`."""
     H = q.shape[1]
     B, K, J, D = k.shape
-    # Query heads that share their keys may be in different threads: each has sums of its own.
-    dtype = k.dtype if H == K else torch.float32
-    dk = _empty((B, H, J, D), dtype)
-    dv = _empty((B, H, J, D), dtype)
+    # Query heads with the same keys are summed by one thread, if there is work for all of them;
+    # else afterwards. The sums are in the same order.
+    group = H // K if _GROUPS_PER_THREAD * torch.get_num_threads() <= B * K else 1
+    groups = H // group
+    dtype = k.dtype if groups == K else torch.float32
+    dk = _empty((B, groups, J, D), dtype)
+    dv = _empty((B, groups, J, D), dtype)
     dq = _empty(q.shape, q.dtype)
 
     given = {"q": q, "k": k, "v": v, "out": out, "dout": dout}
     gradients = {"dq": dq, "dk": dk, "dv": dv}
-    _run(_backward, mask, causal, scale, lse, **given, **gradients)
-    if H != K:
-        dk, dv = _sum_of_groups(dk, K), _sum_of_groups(dv, K)
-    return dq, dk.to(k.dtype), dv.to(k.dtype)
+    _run(_backward, mask, causal, scale, lse, group, **given, **gradients)
+    return dq, _sum_of_groups(dk, K).to(k.dtype), _sum_of_groups(dv, K).to(k.dtype)
 
 
 def _sum_of_groups(t: Tensor, K: int) -> Tensor:
-    """[B, H, J, D] -> [B, K, J, D]."""
+    """[B, groups, J, D] -> [B, K, J, D]."""
     B, _, J, D = t.shape
-    return t.view(B, K, -1, J, D).sum(2)
+    heads = t.view(B, K, -1, J, D).unbind(2)
+    return functools.reduce(torch.add, heads)

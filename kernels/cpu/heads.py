@@ -8,6 +8,7 @@ from numba import carray
 from torch import Tensor
 
 from .floats import rounded
+from .moves import copy
 from .products import COLUMNS
 from .runtime import jit
 from .team import pointer
@@ -29,7 +30,7 @@ def strided(t: Tensor) -> Strided:
 
 
 @jit
-def _copy(
+def _copy_rows(
     x: Any,
     first: int,
     stride: int,
@@ -39,10 +40,7 @@ def _copy(
     width: int,
 ) -> None:
     for i in range(rows):
-        source = np.uint64(first + i * stride)
-        target = np.uint64(i * width)
-        for d in range(np.uint64(D)):
-            out[target + d] = x[source + d]
+        copy(x, first + i * stride, out, i * width, D)
 
 
 @jit
@@ -61,10 +59,10 @@ def read_head(
     if t.itemsize == 2:
         x16 = carray(pointer(t.address), extent, np.uint16)
         halves = rows.view(np.uint16)
-        _copy(x16, first, t.position, positions, D, halves, width)
+        _copy_rows(x16, first, t.position, positions, D, halves, width)
     else:
         x32 = carray(pointer(t.address), extent, np.uint32)
-        _copy(x32, first, t.position, positions, D, rows, width)
+        _copy_rows(x32, first, t.position, positions, D, rows, width)
     return rows
 
 

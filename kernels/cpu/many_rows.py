@@ -27,7 +27,7 @@ from .panels import Weight, copy_columns, copy_rows, decode_columns, decode_rows
 from .products import COLUMNS, ROWS, add_tile, store_sum_of_products
 from .runtime import jit
 from .team import elements, pointer
-from .words import BLOCK, zeros
+from .words import BLOCK, clear, zeros
 
 # The fewest products that are worth a thread of their own.
 _GRAIN = 1 << 19
@@ -128,7 +128,7 @@ def _multiply_panel(
             prefetch_to_write(Y, (m + i) * N + column)
         k = 0
         if steps > _CHUNK:
-            sums[:] = 0
+            clear(sums)
         while steps - k > _CHUNK:
             add_tile(numbers, L, m * steps + k, steps, panel, k * COLUMNS, _CHUNK, sums)
             k += _CHUNK

@@ -3,7 +3,7 @@
 from typing import Any
 
 from llvmlite.ir import IRBuilder
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from .vectors import Arrays, I16x32, I32x16, add_constant, at_row, interleave
@@ -81,6 +81,33 @@ def pair_rows(
 ) -> Any:
     """out[target + i] = the word (x[low + i], x[high + i]) for i < 32; of float32, x[low + i]."""
     return types.void(x, low, high, out, target), _pair
+
+
+def _copy(
+    context: Any,
+    b: IRBuilder,
+    signature: Any,
+    args: Any,
+) -> Any:
+    arrays = Arrays(context, b, signature, args)
+    _, first, _, target, count = args
+    itemsize = signature.args[0].dtype.bitwidth // 8
+    ends = arrays.pointer(2, target), arrays.pointer(0, first)
+    cgutils.raw_memcpy(b, *ends, count, itemsize)
+    return context.get_dummy_value()
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def copy(
+    typing: Any,
+    x: Any,
+    first: Any,
+    out: Any,
+    target: Any,
+    count: Any,
+) -> Any:
+    """out[target : target + count] = x[first : first + count], of one dtype."""
+    return types.void(x, first, out, target, count), _copy
 
 
 def _prefetch(

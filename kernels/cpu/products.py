@@ -18,7 +18,7 @@ from llvmlite.ir import IRBuilder, Value
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .runtime import jit
+from .runtime import jit, jit_inlined
 from .vectors import (
     F32,
     Arrays,
@@ -162,7 +162,7 @@ def _add_block(
     return types.void(*kinds), _add_product
 
 
-@jit
+@jit_inlined
 def _add_tile(
     numbers: int,
     A: Any,
@@ -183,7 +183,7 @@ def _add_tile(
         _add_block(1, A, a, a_row, a_step, B, b, width, steps, C, c)
 
 
-@jit
+@jit_inlined
 def add_tile(
     numbers: int,
     A: Any,

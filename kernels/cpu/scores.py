@@ -12,7 +12,7 @@ from .exponential import exp
 from .products import add_product
 from .runtime import jit
 from .team import pointer
-from .words import BLOCK
+from .words import BLOCK, clear
 
 _MINUS_INFINITY = np.float32(-np.inf)
 
@@ -56,7 +56,7 @@ def multiply_block(
     out: Any,
 ) -> None:
     """out = the products of 64 keys' rows with 64 queries' columns."""
-    out[:] = 0
+    clear(out)
     add_product(numbers, keys, queries, out, BLOCK, words, BLOCK)
 
 
@@ -122,6 +122,13 @@ def scale_columns(x: Any, scaling: Any) -> None:
         row = x[first : first + BLOCK]
         for n in range(np.uint64(BLOCK)):
             row[n] *= scaling[n]
+
+
+@jit
+def add_scaled(scale: Any, x: Any, out: Any) -> None:
+    """out[: x.size] += scale x."""
+    for n in range(np.uint64(x.size)):
+        out[n] += scale * x[n]
 
 
 @jit

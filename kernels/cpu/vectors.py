@@ -150,17 +150,19 @@ class Arrays:
         self.kinds = signature.args
         self.args = args
 
+    def pointer(self, which: int, index: Value | None = None) -> Value:
+        """Returns the address of an element."""
+        array = self.context.make_array(self.kinds[which])
+        data = array(self.context, self.builder, self.args[which]).data
+        return data if index is None else self.builder.gep(data, [index])
+
     def _pointer(
         self,
         which: int,
         index: Value | None,
         vector: VectorType,
     ) -> Value:
-        array = self.context.make_array(self.kinds[which])
-        data = array(self.context, self.builder, self.args[which]).data
-        if index is not None:
-            data = self.builder.gep(data, [index])
-        return self.builder.bitcast(data, vector.as_pointer())
+        return self.builder.bitcast(self.pointer(which, index), vector.as_pointer())
 
     def load(
         self,
@@ -184,9 +186,7 @@ class Arrays:
         call_llvm(b, "llvm.prefetch.p0", address, *settings, result=ir.VoidType())
 
     def load_scalar(self, which: int, index: Value) -> Value:
-        array = self.context.make_array(self.kinds[which])
-        data = array(self.context, self.builder, self.args[which]).data
-        return self.builder.load(self.builder.gep(data, [index]))
+        return self.builder.load(self.pointer(which, index))
 
     def store(
         self,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .floats import rounded
-from .moves import transpose_16
+from .moves import copy, transpose_16
 from .runtime import jit
 
 # Rows of a block.
@@ -71,16 +71,17 @@ def as_columns(rows: Any, words: int) -> Any:
 
 
 @jit
-def _copy(x: Any, out: Any) -> None:
+def clear(x: Any) -> None:
+    """x = 0. Numba's x[:] = 0 takes ten times as long."""
     for i in range(np.uint64(x.size)):
-        out[i] = x[i]
+        x[i] = 0
 
 
 @jit
 def round_to_rows(x: Any, numbers: int, out: Any) -> None:
     """out = float32 rows x as rows of words."""
     if numbers == 1:
-        _copy(x.view(np.uint32), out)
+        copy(x.view(np.uint32), 0, out, 0, x.size)
         return
     halves = out.view(np.uint16)
     for i in range(np.uint64(x.size)):
@@ -96,7 +97,7 @@ def round_to_pairs(
 ) -> None:
     """out = float32 rows x [.., width] as pairs."""
     if numbers == 1:
-        _copy(x.view(np.uint32), out)
+        copy(x.view(np.uint32), 0, out, 0, x.size)
         return
     halves = out.view(np.uint16)
     for first in range(0, out.size, width):
