@@ -3,10 +3,10 @@
     y  =  x W^T + s z B^T        x [M, I]    W [O, I]    z [M, r]    B [O, r]
     dx = dy W   + s u A         dy [M, O]                u [M, r]    A [r, I]
 
-Both are Y = L R + s T F with L [M, K] and R [K, N]. A thread computes columns of Y. It decodes 64
-columns of R at a time into a panel, which stays in its cache, and multiplies all rows of L by it,
-eight at a time; their sums are in float32 and rounded once, with the low-rank term in them. No
-dense W is written to memory or read from it, and Y is written once.
+Both are Y = L R + s T F with L [M, K] and R [K, N]. A thread computes columns of Y. It decodes 32
+columns of R into a panel, which stays in its cache, and multiplies all rows of L by it, eight at a
+time; their sums are in float32 and rounded once, with the low-rank term in them. No dense W is
+written to memory or read from it, and Y is written once.
 
 BLAS multiplies on processors without AVX-512, and where the sizes do not fit (`is_fast`).
 """
