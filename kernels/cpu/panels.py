@@ -6,10 +6,9 @@ are made at a time, one after the other in memory, since a block has 64 columns.
 
 from typing import Any, NamedTuple
 
-from ..reference.nf4 import GROUP
 from .avx512 import look_up_64
 from .moves import pair_rows, transpose_16
-from .nf4 import MAP8
+from .nf4 import absmax_of_block
 from .products import COLUMNS
 from .runtime import jit
 from .words import BLOCK, zeros
@@ -47,8 +46,7 @@ def _decode(
     first = row * w.columns + column
     block = first // w.block_size
     if w.absmax2.size:
-        level = MAP8[w.codes[block]]
-        scale = level * w.absmax2[block // GROUP] + w.offset
+        scale = absmax_of_block(block, w.codes, w.absmax2, w.offset)
     else:
         scale = w.absmax[block]
     look_up_64(w.packed, first // 2, w.levels, scale, out, target)

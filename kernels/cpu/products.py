@@ -8,7 +8,10 @@ attention stands a softmax in float32, on a block that has just been computed: h
     words of one:   C[r, i] += sum_k  A[r, k] B[k, i]
 
 One call computes 8 rows and 32 columns of C, whose 16 registers are independent sums: enough to
-hide that each addition takes several cycles.
+hide that each addition takes several cycles. The product is summed by itself and then added to C.
+
+many_rows.py multiplies by panels of a weight in the same way, and `store_sum_of_products` adds the
+low-rank term before it rounds.
 """
 
 from typing import Any

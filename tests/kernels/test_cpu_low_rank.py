@@ -13,25 +13,13 @@ import torch
 from helpers import gaussian, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_dtypes import BF16, F32, ROUNDING, every_dtype
 from torch import Tensor
 
 import minilora
 from minilora.kernels.cpu import low_rank as module
-from minilora.kernels.cpu.avx512 import AVX512, AVX512_BF16
 from minilora.kernels.cpu.low_rank import contract, project
 from minilora.kernels.reference import lora as reference
-
-BF16, F32 = torch.bfloat16, torch.float32
-ROUNDING = {F32: 0.0, BF16: 2**-8}
-
-every_dtype = pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(F32, marks=pytest.mark.skipif(not AVX512, reason="no AVX-512")),
-        pytest.param(BF16, marks=pytest.mark.skipif(not AVX512_BF16, reason="no AVX512-BF16")),
-    ],
-    ids=str,
-)
 
 Matrices = tuple[Tensor, Tensor, Tensor]
 

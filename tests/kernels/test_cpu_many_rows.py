@@ -12,6 +12,7 @@ import torch
 from helpers import gaussian, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_dtypes import BF16, F32, ROUNDING, every_dtype
 from torch import Tensor
 
 import minilora
@@ -22,17 +23,6 @@ from minilora.kernels.cpu.moves import pair_rows
 from minilora.kernels.cpu.nf4 import levels_of
 from minilora.kernels.reference.nf4 import PackedWeight
 
-BF16, F32 = torch.bfloat16, torch.float32
-ROUNDING = {F32: 0.0, BF16: 2**-8}
-
-every_dtype = pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(F32, marks=pytest.mark.skipif(not AVX512, reason="no AVX-512")),
-        pytest.param(BF16, marks=pytest.mark.skipif(not AVX512_BF16, reason="no AVX512-BF16")),
-    ],
-    ids=str,
-)
 both_ways = pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
 
 
