@@ -30,9 +30,10 @@ def _without_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, 
     """Autocast may be on where `.backward()` is called; the products keep the forward's dtype."""
 
     def wrapped(ctx: Any, dy: Tensor) -> Any:
-        if not is_autocast_available(dy.device.type):  # the meta device
+        device = dy.device.type
+        if not (is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return backward(ctx, dy)
-        with torch.autocast(dy.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return backward(ctx, dy)
 
     return wrapped
@@ -74,6 +75,9 @@ class _NF4LoRALinear(torch.autograd.Function):
         p: float,
         seed: Tensor | None,
     ) -> Tensor:
+        # The optimizer's copies may be wider.
+        ctx.dtypes = A.dtype, B.dtype
+        A, B = A.to(x.dtype), B.to(x.dtype)
         z = ops.project(_drop(x, p, seed), A)  # x A^T [M, r]
         ctx.save_for_backward(x, A, B, z, seed)
         ctx.w, ctx.scale, ctx.p = w, scale, p
@@ -90,8 +94,9 @@ class _NF4LoRALinear(torch.autograd.Function):
         u = ops.project(dy, B.T)  # dy B [M, r]
         dx = _input_gradient(dy, w, u, A, scale, p, seed) if needs_dx else None
         dbias = dy.sum(0) if needs_dbias else None
-        dA = ops.contract(u, _drop(x, p, seed), scale) if needs_dA else None
-        dB = ops.contract(z, dy, scale).T if needs_dB else None
+        dtype_A, dtype_B = ctx.dtypes
+        dA = ops.contract(u, _drop(x, p, seed), scale).to(dtype_A) if needs_dA else None
+        dB = ops.contract(z, dy, scale).T.to(dtype_B) if needs_dB else None
         return dx, None, dbias, dA, dB, None, None, None
 
 
@@ -173,7 +178,6 @@ def lora_linear(
         if not (training or dropout or torch.is_grad_enabled()):
             return ops.nf4_inference(x, base, bias, A, B, scale)
         seed = torch.randint(_SEEDS, (), device="cpu") if dropout else None
-        A, B = A.to(x.dtype), B.to(x.dtype)
         return _by_rows(_NF4LoRALinear, x, base, bias, A, B, scale, dropout, seed)
 
     y = F.linear(x, base, bias)

@@ -162,7 +162,7 @@ def _run(
     F: Tensor,
     scale: float = 1.0,
 ) -> None:
-    (M, N), r = P.shape, len(F)
+    (M, N), r = P.shape, F.shape[0]
     pairs = N // 2 if product == _CONTRACT else M // 2
     addresses = P.data_ptr(), T.data_ptr(), F.data_ptr()
     call = _Call(pairs, 0, product, M, N, r, *addresses, scale)
@@ -172,7 +172,7 @@ def _run(
 
 def _is_fast(P: Tensor, T: Tensor, F: Tensor) -> bool:
     """Whether the kernels take these matrices, on this processor; PyTorch refuses what is wrong."""
-    (M, N), r = P.shape, len(F)
+    (M, N), r = P.shape, F.shape[0]
     if T.shape != (M, r) or F.shape != (r, N):
         return False
     if M % 2 or N % COLUMNS or r % FACTORS:
@@ -187,7 +187,7 @@ def _is_fast(P: Tensor, T: Tensor, F: Tensor) -> bool:
 
 def project(x: Tensor, A: Tensor) -> Tensor:
     """Returns z = x A^T, [.., r]; or u = dy B, from dy and B^T."""
-    I, r = x.shape[-1], len(A)
+    I, r = x.shape[-1], A.shape[0]
     z = x.new_empty((*x.shape[:-1], r))
     P, T = x.reshape(-1, I), z.view(-1, r)
     if not _is_fast(P, T, A):

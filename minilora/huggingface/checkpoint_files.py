@@ -1,7 +1,6 @@
 """The safetensors files of a checkpoint, and the memory of a model that was read from them."""
 
 import ctypes
-import gc
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minilora.huggingface.heap import return_freed_memory
 from minilora.huggingface.messages import one_line
 
 # The dtypes of dense weights, as safetensors calls them.
@@ -139,14 +139,3 @@ def check_finite(model: nn.Module) -> None:
             least, greatest = torch.aminmax(p.detach())
             if not (least.isfinite() and greatest.isfinite()):
                 raise ValueError(f"{name} holds NaN or infinity")
-
-
-def return_freed_memory() -> None:
-    """Returns freed memory to the operating system, where the C library can."""
-    gc.collect()
-
-    # glibc has malloc_trim, musl does not.
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

@@ -1,7 +1,9 @@
 """A faster and smaller training step for transformers models, with the same result.
 
     attention      in blocks that stay in cache, and again in the backward    attention.py
+    rotary         one pass, which writes nothing but its result              rotary.py
     norms, MLPs    fewer passes, and fewer tensors kept for the backward      efficient_modules.py
+    memory         of one step is kept for the next one                       heap.py
 
 `efficient_training` looks for what it knows how to replace, compares each replacement with the
 original on random inputs, and leaves alone whatever it does not recognise. On leaving, everything
@@ -11,13 +13,15 @@ is as it was.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minilora.huggingface import attention
+from minilora.huggingface import attention, rotary
 from minilora.huggingface.efficient_modules import EfficientModule, EfficientNorm, efficient_class
+from minilora.huggingface.heap import freed_memory_is_kept
 
 # The probe of the attention: two rows of tokens, the second with padding at its end.
 _PROBE = (2, attention.MIN_LENGTH + 8)
@@ -30,14 +34,19 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 @dataclass(frozen=True)
 class Replaced:
-    """What was replaced: whether the attention, and the number of norms and of gated MLPs."""
+    """What was replaced.
+
+    Whether the attention, and the rotary embeddings; the number of norms, and of gated MLPs.
+    """
 
     attention: bool
+    rotary: bool
     norms: int
     mlps: int
 
     def __str__(self) -> str:
         found = ["attention"] if self.attention else []
+        found += ["rotary embeddings"] if self.rotary else []
         found += [f"{self.norms} norms"] if self.norms else []
         found += [f"{self.mlps} MLPs"] if self.mlps else []
         return ", ".join(found) or "nothing"
@@ -47,12 +56,13 @@ class Replaced:
 def efficient_training(model: nn.Module) -> Iterator[Replaced]:
     """Inside the block, training takes less time and memory for the same loss.
 
-    The error of each part against float64 is no larger than that of PyTorch's operations. Gated
-    MLPs give the same bits; with SiLU in float32 on the CPU, the last ones may differ. Only the
-    attention of models that use "sdpa" is replaced, on the CPU, where it can be compared on two
-    rows of tokens. Everything goes together with gradient checkpointing, generation, saving and
-    loading; what torch.compile traces, it traces as the model was before. A deep copy of the model
-    has the plain modules.
+    The error of each part against float64 is no larger than that of PyTorch's operations. Rotary
+    embeddings and gated MLPs give the same bits; with SiLU in float32 on the CPU, the last ones may
+    differ. Only the attention of models that use "sdpa" is replaced, on the CPU, where it can be
+    compared on two rows of tokens. Everything goes together with gradient checkpointing,
+    generation, saving and loading; what torch.compile traces, it traces as the model was before. A
+    deep copy of the model has the plain modules. With glibc, the process keeps the memory of a step
+    for the next one.
 
     Args:
         model: a transformers model, with adapters or without, or a module that contains one.
@@ -69,10 +79,11 @@ def efficient_training(model: nn.Module) -> Iterator[Replaced]:
         >>> with efficient_training(model) as replaced:
         ...     model(torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()
         >>> str(replaced)
-        'attention, 5 norms, 2 MLPs'
+        'attention, rotary embeddings, 5 norms, 2 MLPs'
     """
     changed: list[nn.Module] = []
     implementations = _implementations(model)
+    files = _replace_rotary(model)
     try:
         for module in model.modules():
             kind = efficient_class(module)
@@ -81,9 +92,13 @@ def efficient_training(model: nn.Module) -> Iterator[Replaced]:
                 changed.append(module)
 
         norms = sum(isinstance(module, EfficientNorm) for module in changed)
-        yield Replaced(_replace_attention(model), norms, len(changed) - norms)
+        mlps = len(changed) - norms
+        replaced = Replaced(_replace_attention(model), bool(files), norms, mlps)
+        with freed_memory_is_kept():
+            yield replaced
     finally:
         _restore(implementations)
+        rotary.restore(files)
         for module in changed:
             # Not if it was given yet another class in the meantime.
             if isinstance(module, EfficientModule):
@@ -124,6 +139,14 @@ def _restore(implementations: list[tuple[Any, str | None]]) -> None:
     for config, name in implementations:
         if config._attn_implementation != name:
             config._attn_implementation = name
+
+
+def _replace_rotary(model: nn.Module) -> list[ModuleType]:
+    """Replaces the rotary embeddings of a model on the CPU; returns what `rotary.restore` needs."""
+    whole = _transformers_model(model)
+    if whole is None or whole.device.type != "cpu" or whole.dtype not in rotary.DTYPES:
+        return []
+    return rotary.replace(model, whole.dtype)
 
 
 def _replace_attention(model: nn.Module) -> bool:

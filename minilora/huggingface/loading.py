@@ -10,11 +10,8 @@ import torch
 from torch import nn
 
 from minilora.huggingface.bundled import DEMO_MODEL, bundled_model_folder
-from minilora.huggingface.checkpoint_files import (
-    check_dense,
-    return_freed_memory,
-    stored_dtypes,
-)
+from minilora.huggingface.checkpoint_files import check_dense, stored_dtypes
+from minilora.huggingface.heap import return_freed_memory
 from minilora.huggingface.messages import one_line
 from minilora.huggingface.model_folder import (
     CONFIG,

@@ -1,17 +1,11 @@
-r"""The cross-entropy of a few rows of logits, and its gradient in their place.
+"""The cross-entropy of a few rows of logits, and its gradient in their place.
 
-    f = c tanh(a z / c)                 a: scale, c: soft cap; without a cap f = a z
-    loss = log sum_v exp f_v - f_y
-    dloss/dz = (p - onehot(y)) f'(z)    p = softmax(f), f'(z) = a (1 - tanh^2(a z / c))
-
-Dimension letters: N tokens, V vocabulary size.
+The equations are in kernels/reference/softmax.py, and a kernel of fewer passes in kernels/cpu.
 """
 
-import torch
-from torch import Tensor
+import importlib
 
-# Logits that are worked on at once on a CPU: 4 MB in float32 pass through its caches.
-_BLOCK = 2**20
+from torch import Tensor
 
 
 def softmax_cross_entropy_(
@@ -25,7 +19,8 @@ def softmax_cross_entropy_(
     Args:
         logits: z [N, V], of any floating dtype; it is overwritten.
         labels: y [N], each in 0 ... V - 1.
-        scale, softcap: see above.
+        scale: a of z -> a z.
+        softcap: c of z -> c tanh(z / c), after the scale; None: no cap.
 
     Returns:
         The losses [N], in float32 or float64. Softmax is computed in that dtype too, and the
@@ -42,45 +37,10 @@ def softmax_cross_entropy_(
         tensor([[-0.7500,  0.2500,  0.2500,  0.2500],
                 [ 0.2500, -0.7500,  0.2500,  0.2500]])
     """
-    V = logits.shape[-1]
-    _check_labels(labels, V)
-
-    on_cpu = logits.device.type == "cpu"
-    rows = max(1, _BLOCK // V) if on_cpu else max(1, len(logits))
-    blocks = zip(torch.split(logits, rows), torch.split(labels, rows), strict=True)
-    losses = [_block(z, y, scale, softcap) for z, y in blocks]
-    return torch.cat(losses)
-
-
-def _block(z: Tensor, y: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """The function above for a few rows, in which each line is one pass over z."""
-    wide = torch.promote_types(z.dtype, torch.float32)
-    target = y[:, None]
-
-    f = z.to(wide)
-    if scale != 1.0:
-        f *= scale
-    slope = None
-    if softcap is not None:
-        f /= softcap
-        f.tanh_()
-        slope = 1.0 - f.square()
-        f *= softcap
-
-    # log sum_v exp f_v = max f - log max p, since max p = exp(max f) / sum_v exp f_v.
-    highest = f.amax(-1)
-    f_target = f.gather(1, target).squeeze(1)
-    p = torch.softmax(f, -1, out=f)
-    losses = highest - p.amax(-1).log() - f_target
-
-    minus_one = torch.full_like(target, -1.0, dtype=wide)
-    gradient = p.scatter_add_(1, target, minus_one)
-    if slope is not None:
-        gradient *= slope
-    if scale != 1.0:
-        gradient *= scale
-    if gradient is not z:
-        z.copy_(gradient)
+    _check_labels(labels, logits.shape[-1])
+    backend = "cpu" if logits.is_cpu and type(logits) is Tensor else "reference"
+    kernels = importlib.import_module(f"minilora.kernels.{backend}.softmax")
+    losses: Tensor = kernels.softmax_cross_entropy_(logits, labels, scale, softcap)
     return losses
 
 

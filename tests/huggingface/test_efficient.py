@@ -119,7 +119,7 @@ def test_gradients_are_as_exact(padding: int, dtype: torch.dtype) -> None:
     plain = step(model, given)
     with efficient_training(model) as replaced:
         found = step(model, given)
-    assert replaced == Replaced(is_supported(dtype), 5, 2)
+    assert replaced == Replaced(is_supported(dtype), True, 5, 2)
 
     def error(of: list[Tensor]) -> float:
         parts = [(t.double() - e).square().sum() for t, e in zip(of[1:], exact[1:], strict=True)]
@@ -293,5 +293,5 @@ def test_quantized_layers() -> None:
     exact = step(model, batch())
     with efficient_training(model) as replaced:
         found = step(model, batch())
-    assert replaced == Replaced(is_supported(torch.float32), 5, 2)
+    assert replaced == Replaced(is_supported(torch.float32), True, 5, 2)
     assert (found[0] - exact[0]).abs() < 2e-2

@@ -39,7 +39,7 @@ PACKAGES = {"minilora", "minilora.kernels", *(f"minilora.{unit}" for unit in KER
 SUBPACKAGES: dict[str, set[str]] = {
     "files": {*CORE, REFERENCE},
     "optim": set(),
-    "losses": {*CORE},
+    "losses": {*CORE, REFERENCE, CPU},
     "reports": {*CORE, REFERENCE, "huggingface"},
     # The kernels of what `efficient_training` replaces, which have no part in the core.
     "huggingface": {*CORE, "files", "losses", REFERENCE, CPU},

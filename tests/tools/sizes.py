@@ -24,9 +24,9 @@ LAYOUT = {
 }
 
 
-# Kernels of what `efficient_training` replaces: attention, norms, MLPs. LoRA and NF4 do without.
+# Kernels of what `efficient_training` replaces, and of the loss: LoRA and NF4 do without.
 STEP = {"attention", "scores", "heads", "words", "products", "moves"}
-STEP |= {"rms_norm", "swiglu", "exponential", "floats"}
+STEP |= {"rms_norm", "swiglu", "rotary", "softmax", "exponential", "floats"}
 
 
 def core_files() -> list[Path]:
