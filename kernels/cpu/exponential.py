@@ -19,6 +19,9 @@ from .runtime import jit
 _LARGEST = np.float32(89.0)
 _SMALLEST = np.float32(-104.0)
 
+# Below this, exp is below the normal numbers of float32.
+_SMALLEST_NORMAL = np.float32(-126 * math.log(2))
+
 # Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
 _ROUNDING = np.float32(1.5 * 2**23)
 
@@ -39,17 +42,7 @@ def exp(x: Any) -> Any:
 
     Within 1 ulp with fused multiply-add; without, within 1.5.
     """
-    shifted = multiply_add(x, _INVERSE, _ROUNDING)
-    k = shifted - _ROUNDING
-    t = multiply_add(-k, _HIGH, x)
-    t = multiply_add(-k, _LOW, t)
-
-    # exp(t) = 1 + t p, in pairs: fewer instructions wait for another one.
-    square = t * t
-    p = multiply_add(t, _C[7], _C[6])
-    p = multiply_add(square, p, multiply_add(t, _C[5], _C[4]))
-    p = multiply_add(square, p, multiply_add(t, _C[3], _C[2]))
-    p = multiply_add(t, p, _ONE)
+    shifted, t, p = _reduced(x)
 
     # 2^k in two factors: it may be no float32 number where exp(x) is.
     exponent = np.int32(bits_of_float32(shifted) - bits_of_float32(_ROUNDING))
@@ -59,6 +52,35 @@ def exp(x: Any) -> Any:
 
     y = _INFINITY if x > _LARGEST else y
     return _ZERO if x < _SMALLEST else y
+
+
+@jit
+def exp_of_negative(x: Any) -> Any:
+    """exp(x) of a float32 number up to 0, or a few roundings more; NaN where exp is.
+
+    As `exp` for results from 2^-126 on; those below are 0. It takes two thirds of the instructions.
+    """
+    shifted, t, p = _reduced(x)
+    exponent = np.int32(bits_of_float32(shifted) - bits_of_float32(_ROUNDING))
+    factor = _power_of_2(exponent)
+    y = multiply_add(t * factor, p, factor)
+    return _ZERO if x < _SMALLEST_NORMAL else y
+
+
+@jit
+def _reduced(x: Any) -> Any:
+    """Returns k in the lowest bits of a number, t, and p with exp(t) = 1 + t p."""
+    shifted = multiply_add(x, _INVERSE, _ROUNDING)
+    k = shifted - _ROUNDING
+    t = multiply_add(-k, _HIGH, x)
+    t = multiply_add(-k, _LOW, t)
+
+    # In pairs: fewer instructions wait for another one.
+    square = t * t
+    p = multiply_add(t, _C[7], _C[6])
+    p = multiply_add(square, p, multiply_add(t, _C[5], _C[4]))
+    p = multiply_add(square, p, multiply_add(t, _C[3], _C[2]))
+    return shifted, t, multiply_add(t, p, _ONE)
 
 
 @jit

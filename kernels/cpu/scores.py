@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from .exponential import exp
+from .exponential import exp_of_negative
 from .products import add_product
 from .runtime import jit
 from .team import pointer
@@ -106,12 +106,12 @@ def exponentials(
             maximum[n] = max(maximum[n], row[n])
 
     for n in range(np.uint64(BLOCK)):
-        scaling[n] = exp(scaling[n] - maximum[n])
+        scaling[n] = exp_of_negative(scaling[n] - maximum[n])
         total[n] *= scaling[n]
     for j in range(BLOCK):
         row = S[j * BLOCK : (j + 1) * BLOCK]
         for n in range(np.uint64(BLOCK)):
-            row[n] = exp(row[n] - maximum[n])
+            row[n] = exp_of_negative(row[n] - maximum[n])
             total[n] += row[n]
 
 
@@ -143,5 +143,5 @@ def softmax_backward(
         p = P[first : first + BLOCK]
         ds = dS[first : first + BLOCK]
         for n in range(np.uint64(BLOCK)):
-            p[n] = exp(p[n] - lse[n])
+            p[n] = exp_of_negative(p[n] - lse[n])
             ds[n] = p[n] * (ds[n] - delta[n])

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from minilora.losses.softmax import softmax_cross_entropy_
+from minilora.losses.softmax import kernels, softmax_cross_entropy_
 
 # Rows of the weight's gradient that are summed at once.
 _ROWS = 4096
@@ -98,11 +98,12 @@ class WeightHead:
         self.db = weight.new_zeros(V if needs_db else 0, dtype=wide)
         # One buffer for all chunks: new memory would be mapped page by page.
         self._z = weight.new_empty(rows, V)
+        self._kernels = kernels("dense", weight)
 
     def logits(self, h: Tensor) -> Tensor:
         self._h, z = h, self._z[: len(h)]
         if self.bias is None:
-            return torch.mm(h, self.weight.T, out=z)
+            return self._kernels.product(h, self.weight, z)  # type: ignore[no-any-return]
         return torch.addmm(self.bias, h, self.weight.T, out=z)
 
     def backward(self, g: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class WeightHead:
             self.db += g.sum(0, dtype=self.db.dtype)
         if len(self.dW):
             self._add_product(g)
-        return g @ self.weight
+        return self._kernels.product_backward(g, self.weight)  # type: ignore[no-any-return]
 
     def _add_product(self, g: Tensor) -> None:
         """dW += g^T h. With g in 16 bits, a few rows at a time, since the product is then new."""

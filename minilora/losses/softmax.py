@@ -4,8 +4,9 @@ The equations are in kernels/reference/softmax.py, and a kernel of fewer passes 
 """
 
 import importlib
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def softmax_cross_entropy_(
@@ -38,10 +39,16 @@ def softmax_cross_entropy_(
                 [ 0.2500, -0.7500,  0.2500,  0.2500]])
     """
     _check_labels(labels, logits.shape[-1])
-    backend = "cpu" if logits.is_cpu and type(logits) is Tensor else "reference"
-    kernels = importlib.import_module(f"minilora.kernels.{backend}.softmax")
-    losses: Tensor = kernels.softmax_cross_entropy_(logits, labels, scale, softcap)
-    return losses
+    found: Tensor = kernels("softmax", logits).softmax_cross_entropy_(
+        logits, labels, scale, softcap
+    )
+    return found
+
+
+def kernels(file: str, tensor: Tensor) -> Any:
+    """The file of kernels for a tensor: of kernels/cpu, or of kernels/reference."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu
+    return importlib.import_module(f"minilora.kernels.{'cpu' if plain else 'reference'}.{file}")
 
 
 def _check_labels(labels: Tensor, V: int) -> None:

@@ -26,7 +26,7 @@ LAYOUT = {
 
 # Kernels of what `efficient_training` replaces, and of the loss: LoRA and NF4 do without.
 STEP = {"attention", "scores", "heads", "words", "products", "moves"}
-STEP |= {"rms_norm", "swiglu", "rotary", "softmax", "exponential", "floats"}
+STEP |= {"rms_norm", "swiglu", "rotary", "softmax", "dense", "exponential", "floats"}
 
 
 def core_files() -> list[Path]:
