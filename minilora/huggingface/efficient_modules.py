@@ -19,7 +19,6 @@ every norm under autocast, computes as before.
 """
 
 import copy
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any, cast
@@ -28,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from minilora.kernels.reference.rms_norm import Weighting, rms_norm
+from minilora.losses.kernels import kernels_for
 
 # How modules name the eps of a norm.
 _EPS = ("variance_epsilon", "eps")
@@ -45,13 +44,6 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 _GATED = ("gate_proj", "up_proj", "down_proj")
 
 
-def _kernels(file: str, *tensors: Tensor) -> Any:
-    """The kernels for these tensors: on the CPU fused ones, elsewhere PyTorch's operations."""
-    plain = all(t.is_cpu and type(t) in (Tensor, nn.Parameter) for t in tensors)
-    backend = "cpu" if plain and not is_in_torch_dispatch_mode() else "reference"
-    return importlib.import_module(f"minilora.kernels.{backend}.{file}")
-
-
 class _RMSNorm(torch.autograd.Function):
     """y = w n for a frozen w; keeps x in its own dtype, and r."""
 
@@ -63,7 +55,7 @@ class _RMSNorm(torch.autograd.Function):
         eps: float,
         weighting: Weighting,
     ) -> Tensor:
-        kernels = _kernels("rms_norm", x, w)
+        kernels = kernels_for("rms_norm", x, w)
         y, r = kernels.rms_norm(x, w, eps, weighting)
         ctx.save_for_backward(x, w, r)
         ctx.weighting = weighting
@@ -73,7 +65,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, w, r = ctx.saved_tensors
-        kernels = _kernels("rms_norm", dy, x, w, r)
+        kernels = kernels_for("rms_norm", dy, x, w, r)
         dx = kernels.rms_norm_backward(dy, x, w, r, ctx.weighting)
         return dx, None, None, None
 
@@ -84,13 +76,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, u: Tensor) -> Tensor:
         ctx.save_for_backward(g, u)
-        return _kernels("swiglu", g, u).swiglu(g, u)  # type: ignore[no-any-return]
+        return kernels_for("swiglu", g, u).swiglu(g, u)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         g, u = ctx.saved_tensors
-        return _kernels("swiglu", dy, g, u).swiglu_backward(dy, g, u)
+        return kernels_for("swiglu", dy, g, u).swiglu_backward(dy, g, u)
 
 
 class _GatedProduct(torch.autograd.Function):

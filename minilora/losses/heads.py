@@ -6,7 +6,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from minilora.losses.softmax import kernels, softmax_cross_entropy_
+from minilora.losses.kernels import kernels_for
+from minilora.losses.softmax import softmax_cross_entropy_
 
 # Rows of the weight's gradient that are summed at once.
 _ROWS = 4096
@@ -98,7 +99,7 @@ class WeightHead:
         self.db = weight.new_zeros(V if needs_db else 0, dtype=wide)
         # One buffer for all chunks: new memory would be mapped page by page.
         self._z = weight.new_empty(rows, V)
-        self._kernels = kernels("dense", weight)
+        self._kernels = kernels_for("dense", weight)
 
     def logits(self, h: Tensor) -> Tensor:
         self._h, z = h, self._z[: len(h)]

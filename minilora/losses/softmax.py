@@ -3,10 +3,9 @@
 The equations are in kernels/reference/softmax.py, and a kernel of fewer passes in kernels/cpu.
 """
 
-import importlib
-from typing import Any
+from torch import Tensor
 
-from torch import Tensor, nn
+from minilora.losses.kernels import kernels_for
 
 
 def softmax_cross_entropy_(
@@ -39,16 +38,10 @@ def softmax_cross_entropy_(
                 [ 0.2500, -0.7500,  0.2500,  0.2500]])
     """
     _check_labels(labels, logits.shape[-1])
-    found: Tensor = kernels("softmax", logits).softmax_cross_entropy_(
+    found: Tensor = kernels_for("softmax", logits).softmax_cross_entropy_(
         logits, labels, scale, softcap
     )
     return found
-
-
-def kernels(file: str, tensor: Tensor) -> Any:
-    """The file of kernels for a tensor: of kernels/cpu, or of kernels/reference."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu
-    return importlib.import_module(f"minilora.kernels.{'cpu' if plain else 'reference'}.{file}")
 
 
 def _check_labels(labels: Tensor, V: int) -> None:
