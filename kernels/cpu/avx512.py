@@ -200,6 +200,10 @@ def _add_products(
         for r in range(R):
             at = b.add(starts[r], k)
             pairs = arrays.load(I8x32, _PACKED, b.mul(at, constant(32)))
+            # The rows that come next: with many rows of x a pass along W is too short for the
+            # processor to ask for them by itself.
+            ahead = b.add(at, b.mul(constant(R), row_blocks))
+            arrays.prefetch(_PACKED, b.mul(ahead, constant(32)))
             absmax = broadcast(b, _absmax_of_block(b, arrays, at, shift, group))
 
             if M == 1:

@@ -1,5 +1,7 @@
 """The harness sees every way in which a case may not end."""
 
+import gc
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +10,8 @@ from typing import Any
 import fuzzing
 import pytest
 from fuzzing import REFUSED, SAME, Wrong, attempt
+
+from minilora.huggingface import heap
 
 
 def ended(run: Any, **limits: Any) -> fuzzing.Case:
@@ -19,6 +23,11 @@ def raising(error: BaseException) -> Any:
         raise error
 
     return call
+
+
+def allocate() -> str:
+    assert len(b"x" * 80_000_000) == 80_000_000
+    return SAME
 
 
 @pytest.mark.parametrize("how", [SAME, REFUSED])
@@ -35,11 +44,30 @@ def test_a_case_that_ends_well(how: str) -> None:
         (lambda seed, folder: {}["x"], {}, "raw"),
         (lambda seed, folder: time.sleep(0.2) or SAME, {"SECONDS": 0.1}, "slow"),
         (lambda seed, folder: time.sleep(9) or SAME, {"SECONDS": 0.02}, "stuck"),
-        (lambda seed, folder: str(len(b"x" * 80_000_000)) and SAME, {"MEGABYTES": 40}, "memory"),
+        (lambda seed, folder: allocate(), {"MEGABYTES": 40}, "memory"),
     ],
 )
 def test_a_case_that_ends_badly(run: Any, limits: dict[str, Any], kind: str) -> None:
     assert kind in (ended(run, **limits).wrong or "")
+
+
+def test_memory_is_seen_where_as_much_is_freed_during_the_case() -> None:
+    def after_a_collection(seed: int, folder: Path) -> str:
+        gc.collect()
+        return allocate()
+
+    cycle: list[Any] = [b"x" * 200_000_000]
+    cycle.append(cycle)
+    del cycle
+    assert "memory" in (ended(after_a_collection, MEGABYTES=40).wrong or "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the heap is glibc's")
+def test_memory_is_seen_where_the_heap_has_as_much() -> None:
+    with heap.freed_memory_is_kept():
+        blocks = [b"x" * 20_000_000 for _ in range(8)]
+        del blocks
+        assert "memory" in (ended(lambda seed, folder: allocate(), MEGABYTES=40).wrong or "")
 
 
 def test_a_user_can_act_on_an_error_that_names_the_thing() -> None:

@@ -13,6 +13,7 @@ case on every machine.
 """
 
 import contextlib
+import gc
 import importlib.util
 import re
 import signal
@@ -22,6 +23,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from minilora.huggingface import heap
 
 FAMILIES = Path(__file__).parents[1] / "fuzz"
 
@@ -89,13 +92,19 @@ def attempt(
 
 
 def family(name: str, *, prepare: bool = True) -> Any:
-    """The module of a family, by default prepared to run cases."""
+    """The module of a family, by default prepared to run cases.
+
+    What the process holds now stays out of garbage collections, until `gc.unfreeze()`: each case
+    starts with one.
+    """
     spec = importlib.util.spec_from_file_location(f"fuzz_{name}", FAMILIES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if prepare and hasattr(module, "prepare"):
         module.prepare()
+    gc.collect()
+    gc.freeze()
     return module
 
 
@@ -106,6 +115,8 @@ def family_names() -> list[str]:
 def run_case(name: str, module: Any, seed: int) -> Case:
     """Runs one case in a folder of its own, within the limits of its family."""
     seconds, megabytes = getattr(module, "SECONDS", 2), getattr(module, "MEGABYTES", 500)
+    # Memory that is free but resident, or is freed during the case, would be used again unnoticed.
+    heap.return_freed_memory()
     _reset_peak()
     held = _status("VmRSS")
     start = time.perf_counter()
