@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from minilora.distributed import all_or_none, load_shards, shard
+from minilora.distributed import all_or_none, load_shards, local_parts, shard
 from minilora.files.bitsandbytes import from_tensors, quantized_layers
-from minilora.huggingface.checkpoint_files import check_finite, drop_pages, opened_file
+from minilora.huggingface.checkpoint_files import check_all_finite, drop_pages, opened_file
 from minilora.huggingface.heap import return_freed_memory
 from minilora.huggingface.loading import (
     empty_model,
@@ -30,7 +30,6 @@ from minilora.huggingface.loading import (
     named_errors,
     read_tokenizer,
     recorded_name,
-    try_out,
 )
 from minilora.huggingface.model_folder import check_weights, is_4bit, read_config
 from minilora.huggingface.pretrained import has_tokenizer
@@ -95,12 +94,9 @@ def load_sharded(
         shard(model, mesh, dtype=dtype)
         with all_or_none(f"load its shards of {folder}"), named_errors(folder):
             load_shards(model, _tensors(stored, names, adapters, paths))
-            check_finite(model)
+            check_all_finite(local_parts(model))
             tokenizer = read_tokenizer(folder, False) if has_tokenizer(folder) else None
     return_freed_memory()
-
-    with named_errors(folder):
-        try_out(model)
     config: Any = model.config
     config._name_or_path = recorded_name(folder)
     return model, tokenizer
