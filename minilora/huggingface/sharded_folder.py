@@ -105,8 +105,8 @@ def load_sharded(
 def check_is_quantized(folder: str | Path) -> None:
     if not is_4bit(read_config(folder, allow_4bit=True)):
         raise ValueError(
-            "it is dense: quantize it into a folder first, with minilora.load(..., "
-            "quantization_config=minilora.NF4Config()) and minilora.save_quantized"
+            "it is dense: quantize it into a folder first, in one process, with "
+            "minilora.huggingface.dense_folder.quantize_folder"
         )
 
 
@@ -128,7 +128,7 @@ def _empty_quantized(
     model.eval()
 
     layers = quantized_layers(stored)
-    names = _names_in_model(model, stored, layers)
+    names = names_in_model(model, stored, layers)
     # As transformers casts it: what a model keeps in float32 whatever its dtype.
     plan: Any = model._get_dtype_plan(model.dtype)  # type: ignore[operator]
     kept = [pattern for pattern, kind in plan.items() if kind == torch.float32]
@@ -146,7 +146,7 @@ def _empty_quantized(
     return model, names
 
 
-def _names_in_model(model: Any, stored: Iterable[str], layers: Collection[str]) -> dict[str, str]:
+def names_in_model(model: Any, stored: Iterable[str], layers: Collection[str]) -> dict[str, str]:
     """Stored name -> the model's, of all tensors but the parts of 4-bit weights."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
