@@ -1,6 +1,24 @@
 """Numbers as a person reads them."""
 
 
+def format_seconds(seconds: float) -> str:
+    """Returns a time with three digits.
+
+    Example:
+        >>> format_seconds(0.01234), format_seconds(72.4)
+        ('12.3 ms', '72.4 s')
+    """
+    for unit in ("s", "ms"):
+        if seconds >= 1 or not seconds:
+            return f"{seconds:,.{_decimals(seconds)}f} {unit}"
+        seconds *= 1000
+    return f"{seconds:,.{_decimals(seconds)}f} us"
+
+
+def _decimals(n: float) -> int:
+    return 0 if n >= 99.95 or not n else 1 if n >= 9.995 else 2
+
+
 def format_bytes(n: float) -> str:
     """Returns a number of bytes with a decimal unit.
 
