@@ -152,20 +152,6 @@ def _norms(block: nn.Module) -> dict[str, Any]:
     return {path: norm for path, norm in named if "norm" in type(norm).__name__.lower()}
 
 
-def find_blocks(model: nn.Module) -> str | None:
-    """Returns the name of the list of a model's blocks, or None if there is none.
-
-    Of several lists that are not inside another one, it is that with the most parameters.
-    """
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    outermost = {
-        name: sum(p.numel() for p in blocks.parameters())
-        for name, blocks in lists.items()
-        if not any(name.startswith(f"{other}.") for other in lists)
-    }
-    return max(outermost, key=lambda name: outermost[name], default=None)
-
-
 def _text_config(model: Any) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -5,16 +5,16 @@ rows: n GPUs hold ceil(rows / n) rows each.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from minilora.distributed.sharding import repeated_blocks
 from minilora.kernels.reference.nf4 import GROUP
 from minilora.layers import NF4Linear
 from minilora.nf4 import PARTS
-from minilora.reports.decoders import find_blocks
 from minilora.reports.memory import FLOAT
 from minilora.targets import linear_layers
 
@@ -131,7 +131,7 @@ def read_groups(model: nn.Module, change: Change) -> Groups:
     for name, rank in change.ranks.items():
         found += [(name, part) for part in _adapter(layers[name], rank, change.lora_bias)]
     aside = sum(parameters[name].nbytes for name in change.also)
-    return replace(_grouped(found, find_blocks(model)), aside=aside)
+    return replace(_grouped(found, repeated_blocks(model)), aside=aside)
 
 
 def nf4_parts(n: int, block_size: int = 64, double_quant: bool = True) -> list[Stored]:
@@ -155,15 +155,13 @@ def _stored(kind: str, parameter: nn.Parameter, trained: bool) -> Stored:
     return Stored(kind, rows, parameter.nbytes // max(rows, 1), trained)
 
 
-def _grouped(named: Sequence[tuple[str, Stored]], blocks: str | None) -> Groups:
-    """Groups parameters by the block that their names say."""
+def _grouped(named: Iterable[tuple[str, Stored]], blocks: Container[str]) -> Groups:
+    """Groups parameters by the block that their names begin with."""
     root: list[Stored] = []
     in_block: dict[str, list[Stored]] = {}
     for name, one in named:
-        if blocks is not None and name.startswith(f"{blocks}."):
-            number = name.removeprefix(f"{blocks}.").partition(".")[0]
-            in_block.setdefault(number, []).append(one)
-        else:
-            root.append(one)
+        above = (name[:i] for i, letter in enumerate(name) if letter == ".")
+        block = next((path for path in above if path in blocks), None)
+        (root if block is None else in_block.setdefault(block, [])).append(one)
     counts = Counter(map(tuple, in_block.values()))
     return Groups(Group(tuple(root)), tuple(Group(*item) for item in counts.items()))

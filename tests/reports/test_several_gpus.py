@@ -9,9 +9,9 @@ import pytest
 import torch
 from fake_group import Sent, fake_group
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 import minilora
+from minilora.distributed import shard
 from minilora.reports.memory import nf4_bytes
 from minilora.reports.parameter_groups import nf4_parts
 from minilora.reports.several_gpus import BUCKET, SeveralGPUs
@@ -40,12 +40,6 @@ def changed(model: Any, change: dict[str, Any]) -> Any:
     if arguments.pop("quantize", True):
         minilora.quantize(model, "all-linear")
     return minilora.inject(model, **arguments)
-
-
-def sharded(model: Any) -> Any:
-    for block in model.model.layers:
-        fully_shard(block)
-    return fully_shard(model)
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -101,7 +95,7 @@ def test_shards_and_collectives_are_those_of_fsdp2(
     plan = minilora.plan(tiny_llama(), **CHANGES[change], grad_accum=grad_accum)
     expected = plan.on_gpus(ranks).sharded
     with fake_group(ranks):
-        model = sharded(changed(tiny_llama(), CHANGES[change])).train()
+        model = shard(changed(tiny_llama(), CHANGES[change])).train()
         local = local_bytes(model) + Counter(dense=plan.groups.aside)
         assert local == Counter({kind: expected.held[kind] for kind in KINDS})
 
@@ -144,7 +138,7 @@ def test_the_root_and_one_block_are_whole_while_a_block_computes(
     plan = minilora.plan(tiny_llama(), r=4)
     root, (block,) = plan.groups.root, plan.groups.blocks
     with fake_group(ranks):
-        model = sharded(changed(tiny_llama(), {"r": 4})).train()
+        model = shard(changed(tiny_llama(), {"r": 4})).train()
         whole = count_in_each_mlp(model)
         model(input_ids=ids, labels=ids).loss.backward()
         del model
