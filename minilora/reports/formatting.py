@@ -10,13 +10,20 @@ def format_seconds(seconds: float) -> str:
     """
     for unit in ("s", "ms"):
         if seconds >= 1 or not seconds:
-            return f"{seconds:,.{_decimals(seconds)}f} {unit}"
+            return f"{three_digits(seconds)} {unit}"
         seconds *= 1000
-    return f"{seconds:,.{_decimals(seconds)}f} us"
+    return f"{three_digits(seconds)} us"
 
 
-def _decimals(n: float) -> int:
-    return 0 if n >= 99.95 or not n else 1 if n >= 9.995 else 2
+def three_digits(n: float) -> str:
+    """Returns a number with three digits, and all those before the decimal point.
+
+    Example:
+        >>> three_digits(0.05), three_digits(97.04), three_digits(12345.6)
+        ('0.05', '97.0', '12,346')
+    """
+    decimals = 0 if n >= 99.95 or not n else 1 if n >= 9.995 else 2
+    return f"{n:,.{decimals}f}"
 
 
 def format_bytes(n: float) -> str:

@@ -21,7 +21,7 @@ with the linear layers of the blocks are counted.
 
 from dataclasses import dataclass, replace
 
-from minilora.reports.formatting import format_bytes, format_seconds
+from minilora.reports.formatting import format_bytes, format_seconds, three_digits
 from minilora.reports.memory import Decoder, Run, total
 from minilora.reports.parameter_groups import Group, Groups
 from minilora.reports.tables import Table
@@ -114,7 +114,7 @@ class SeveralGPUs:
             rows.append((f"at {format_bytes(bandwidth)} per second", *sent))
         if bandwidth is not None and run is not None:
             exposed = [format_seconds(way.exposed / bandwidth) for way in ways]
-            limits = [f"{way.hidden_up_to(bandwidth) / 1e12:,.1f} TFLOP/s" for way in ways]
+            limits = [f"{three_digits(way.hidden_up_to(bandwidth) / 1e12)} TFLOP/s" for way in ways]
             rows += [("of which nothing hides", *exposed), ("the rest is hidden up to", *limits)]
 
         title = f"{self.gpus} GPUs"
@@ -125,6 +125,12 @@ class SeveralGPUs:
 
     def __str__(self) -> str:
         return str(self.table())
+
+
+def check_gpus(gpus: int) -> None:
+    """Raises ValueError unless there can be so many GPUs."""
+    if not isinstance(gpus, int) or isinstance(gpus, bool) or not 1 <= gpus <= MOST_GPUS:
+        raise ValueError(f"gpus={gpus!r}: must be a whole number of GPUs, 1 ... {MOST_GPUS:,}")
 
 
 def on_several_gpus(groups: Groups, gpus: int, grad_accum: int, run: Run | None) -> SeveralGPUs:
@@ -139,8 +145,7 @@ def on_several_gpus(groups: Groups, gpus: int, grad_accum: int, run: Run | None)
     Raises:
         ValueError: `gpus` is out of range.
     """
-    if not isinstance(gpus, int) or isinstance(gpus, bool) or not 1 <= gpus <= MOST_GPUS:
-        raise ValueError(f"gpus={gpus!r}: must be a whole number of GPUs, 1 ... {MOST_GPUS:,}")
+    check_gpus(gpus)
     return SeveralGPUs(gpus, _ddp(groups, gpus, run), _sharded(groups, gpus, grad_accum, run))
 
 
