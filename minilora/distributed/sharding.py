@@ -12,13 +12,15 @@ what is gathered has the same bits as before. Packed in 4 bits, the base is also
 16 bits would send over the wire.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from minilora.layers import NF4Linear
 
@@ -115,6 +117,56 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
     search("", model)
     return found
+
+
+def load_shards(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Gives a model that was sharded on the meta device its values, shard by shard.
+
+    Nothing is communicated: of each whole tensor a process keeps its own rows, in memory of their
+    own. Of a tensor in a memory-mapped file, no other row is read.
+
+    Args:
+        tensors: name of a parameter, by any that it has in the model, and its whole value.
+
+    Raises:
+        ValueError: there is no such parameter, it has another shape, or a parameter gets no value.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            places.setdefault(id(p), []).append((module, name))
+
+    done: set[int] = set()
+    for name, whole in tensors:
+        old = parameters.get(name)
+        if not isinstance(old, DTensor):
+            raise ValueError(f"the model has no parameter {name} that is sharded")
+        if whole.shape != old.shape:
+            sizes = f"{tuple(whole.shape)}, the model needs {tuple(old.shape)}"
+            raise ValueError(f"{name} has the shape {sizes}")
+        new = _with_values(old, whole)
+        for module, own_name in places[id(old)]:
+            module.register_parameter(own_name, new)
+        done.add(id(old))
+
+    if missing := [name for name, p in parameters.items() if id(p) not in done]:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ValueError(f"there is no value for {missing[0]}{more}")
+
+
+def local_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What this process holds of each parameter, by the parameter's name."""
+    for name, p in model.named_parameters():
+        yield name, p.to_local() if isinstance(p, DTensor) else p
+
+
+def _with_values(p: DTensor, whole: Tensor) -> nn.Parameter:
+    mesh, placements = p.device_mesh, p.placements
+    part = distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
+    own = part.to(mesh.device_type, p.dtype, copy=True)
+    value = DTensor.from_local(own, mesh, placements, shape=p.shape, stride=p.stride())
+    return nn.Parameter(value, requires_grad=p.requires_grad)
 
 
 def _blocks_of(module: nn.Module) -> set[str]:

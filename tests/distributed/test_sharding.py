@@ -1,6 +1,7 @@
 """Sharded models: what each process holds, and that they train as one process would."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch.distributed.tensor import DTensor
 
 import minilora
 from minilora.distributed import shard
+from minilora.huggingface import sharded_folder
+from minilora.huggingface.sharded_folder import load_sharded
 from minilora.layers import NF4Linear
 
 pytest.importorskip("transformers", reason="the model in these tests is a transformers Llama")
@@ -104,7 +107,7 @@ def gathered_parts(model: nn.Module, original: nn.Module) -> list[str]:
     return [*wrong, *(["no layer"] if not hooks else [])]
 
 
-def check_sharding(rank: int, steps: int) -> dict[str, Any]:
+def check_sharding(rank: int, folder: str, steps: int) -> dict[str, Any]:
     """What the tests look at, from one group of processes."""
     original, size = llama(), dist.get_world_size()
     with torch.no_grad():
@@ -128,7 +131,63 @@ def check_sharding(rank: int, steps: int) -> dict[str, Any]:
     checkpointed = shard(copy.deepcopy(original))
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     found["checkpointed"] = train(checkpointed, part, 2)
+    found["folder"] = check_folder(folder)
     return found | {"bf16": check_bf16(original, part)}
+
+
+def check_folder(folder: str) -> dict[str, Any]:
+    """A model that is loaded in shards, against one that is loaded whole."""
+    one, _ = minilora.load(folder)
+    expected = minilora.inject(one, r=4).state_dict(keep_vars=True)
+    found: dict[str, Any] = {"files": copied_from_files(folder)}
+
+    model, _ = load_sharded(folder, adapter={"r": 4})
+    own = model.state_dict(keep_vars=True)
+    found["names"] = [*own] == [*expected]
+    found["share"] = local_bytes(model) / local_bytes(one)
+    found["changed"] = [n for n, t in own.items() if not same_bits(whole(t), expected[n])]
+    trained = [n for n, t in own.items() if t.requires_grad]
+    found["trained"] = trained == [n for n, t in expected.items() if t.requires_grad]
+    buffers = dict(one.named_buffers())
+    found["buffers"] = [n for n, t in model.named_buffers() if not same_bits(t, buffers[n])]
+    found["tied"] = model.lm_head.weight is model.model.embed_tokens.weight
+    with torch.no_grad():
+        logits = [m(input_ids=tokens()).logits for m in (model, one)]
+    found["same logits"] = same_bits(*logits)
+    found["error"] = error_of_one_process(folder)
+    return found
+
+
+def copied_from_files(folder: str) -> list[str]:
+    """The tensors that are loaded whole into memory, and not mapped."""
+    copied = []
+    load = sharded_folder.load_shards
+
+    def watched(model: nn.Module, tensors: Any) -> None:
+        def each() -> Any:
+            for name, t in tensors:
+                # PyTorch can resize what it has allocated itself.
+                copied.extend([name] if t.untyped_storage().resizable() else [])
+                yield name, t
+
+        load(model, each())
+
+    sharded_folder.load_shards = watched
+    try:
+        load_sharded(folder)
+    finally:
+        sharded_folder.load_shards = load
+    return copied
+
+
+def error_of_one_process(folder: str) -> str:
+    """What this process raises if the first one cannot read the folder."""
+    path = "/nowhere" if dist.get_rank() == 0 else folder
+    try:
+        load_sharded(path)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def check_bf16(original: Any, part: Tensor) -> dict[str, Any]:
@@ -153,10 +212,21 @@ def check_bf16(original: Any, part: Tensor) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def two() -> dict[str, Any]:
-    """What the first of two processes found."""
-    found: dict[str, Any] = run(2, check_sharding, 5)[0]
-    return found
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in 4 bits."""
+    folder = tmp_path_factory.mktemp("sharded") / "quantized"
+    return minilora.save_quantized(minilora.eject(llama()), folder)
+
+
+@pytest.fixture(scope="module")
+def both(quantized: Path) -> list[dict[str, Any]]:
+    """What each of two processes found."""
+    return run(2, check_sharding, quantized, 5)
+
+
+@pytest.fixture
+def two(both: list[dict[str, Any]]) -> dict[str, Any]:
+    return both[0]
 
 
 def check_share(found: dict[str, Any], size: int) -> None:
@@ -185,8 +255,8 @@ def test_losses_are_those_of_one_process(two: dict[str, Any]) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("size", [2, 4])
-def test_twenty_steps_are_those_of_one_process(size: int) -> None:
-    found = run(size, check_sharding, 20)[0]
+def test_twenty_steps_are_those_of_one_process(size: int, quantized: Path) -> None:
+    found = run(size, check_sharding, quantized, 20)[0]
     check_share(found, size)
     assert found["changed"] == [] and found["gathered"] == []
     assert found["sharded"] == pytest.approx(found["one"], abs=1e-5)
@@ -203,3 +273,24 @@ def test_mixed_precision_computes_as_a_model_in_that_dtype(two: dict[str, Any]) 
 
 def test_gradient_checkpointing_changes_no_bit(two: dict[str, Any]) -> None:
     assert two["checkpointed"] == two["sharded"][:2]
+
+
+# Loading
+
+
+def test_a_folder_is_loaded_as_by_one_process_into_shards(both: list[dict[str, Any]]) -> None:
+    for found in (process["folder"] for process in both):
+        assert found["names"] and found["trained"] and found["tied"] and found["same logits"]
+        assert found["changed"] == [] and found["buffers"] == []
+        assert found["share"] < 1.02 / 2
+
+
+def test_no_tensor_of_a_folder_is_held_whole(two: dict[str, Any]) -> None:
+    # A scalar of each layer is in the files as text.
+    assert {name.rpartition(".")[2] for name in two["folder"]["files"]} <= {"offset"}
+
+
+def test_an_error_of_one_process_is_raised_in_all(both: list[dict[str, Any]]) -> None:
+    first, second = (process["folder"]["error"] for process in both)
+    assert first.startswith("ValueError: /nowhere cannot be loaded")
+    assert second.startswith("RuntimeError: process 0 could not read")
