@@ -12,7 +12,7 @@ what is gathered has the same bits as before. Packed in 4 bits, the base is also
 16 bits would send over the wire.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -153,6 +153,12 @@ def load_shards(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None
     if missing := [name for name, p in parameters.items() if id(p) not in done]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ValueError(f"there is no value for {missing[0]}{more}")
+
+
+def local_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What this process holds of each parameter, by the parameter's name."""
+    for name, p in model.named_parameters():
+        yield name, p.to_local() if isinstance(p, DTensor) else p
 
 
 def _with_values(p: DTensor, whole: Tensor) -> nn.Parameter:

@@ -133,7 +133,12 @@ def own_memory(model: nn.Module) -> None:
 
 def check_finite(model: nn.Module) -> None:
     """Raises ValueError if a parameter holds NaN or infinity, which is named; nothing is copied."""
-    for name, p in model.named_parameters():
+    check_all_finite(model.named_parameters())
+
+
+def check_all_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """`check_finite` of tensors, each with its name."""
+    for name, p in tensors:
         if p.is_floating_point() and p.numel() and not p.is_meta:
             # A NaN is both the least and the greatest.
             least, greatest = torch.aminmax(p.detach())
