@@ -108,6 +108,11 @@ class Plan:
 
         The batch, if the plan has one, is that of each GPU. Raises ValueError if `gpus` is out of
         range.
+
+        Example:
+            >>> found = minilora.plan("llama-3.2-1b", r=16).on_gpus(2)
+            >>> found.ddp.traffic.total, found.sharded.traffic.total
+            (45088768, 832416640)
         """
         return on_several_gpus(self.groups, gpus, self.grad_accum, self.run)
 

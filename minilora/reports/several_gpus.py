@@ -81,9 +81,9 @@ class Share:
         return min(speeds, default=float("inf"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SeveralGPUs:
-    """A plan for several GPUs, with DDP and with FSDP2; it prints as a table.
+    """A plan for several GPUs, with DDP and with FSDP2. It prints as a table, also in a notebook.
 
     Attributes:
         gpus: number of GPUs.
@@ -123,8 +123,11 @@ class SeveralGPUs:
         below = () if run else ("total: plus activations",)
         return Table(title, ("each GPU", "DDP", "FSDP2"), tuple(rows), below)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
 
 
 def check_gpus(gpus: int) -> None:

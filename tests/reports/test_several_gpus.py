@@ -251,6 +251,7 @@ def test_it_prints_as_a_table() -> None:
         "2 GPUs, 1 x 512 tokens per forward pass on each",
         "  each GPU            DDP     FSDP2",
     ]
+    assert "<td" in found._repr_html_() and repr(found) == str(found)
     rows = table(found)
     assert rows["quantized"] == ["35.31 GB", "17.66 GB"]
     assert rows["buckets"] == ["828.4 MB", ""] and rows["gathered"][0] == ""
