@@ -155,6 +155,7 @@ def demo(
 @options_of(FinetuneConfig)
 def finetune(**options: Any) -> None:
     """Fine-tune a causal language model on your own data."""
+    from minilora.distributed.processes import is_first_process
     from minilora.reports.formatting import format_bytes
     from minilora.training import finetune as run
     from minilora.training.progress import peak_memory
@@ -164,6 +165,8 @@ def finetune(**options: Any) -> None:
     config = FinetuneConfig(**options)
     with _interruptible():
         result = run(config)
+    if not is_first_process():
+        return
     print(f"\n{result}\n")
     if memory := peak_memory():
         print(f"peak memory: {format_bytes(memory)}")

@@ -59,6 +59,11 @@ _FILES = frozenset({ADAPTER_CONFIG, WEIGHTS, OPTIMIZER, RUN})
 _UNFINISHED = ".step-*.partial"
 
 
+def checkpoint_path(out: Path, steps: int) -> Path:
+    """Returns the folder of the checkpoint after so many steps."""
+    return out / FOLDER / checkpoint_name(steps)
+
+
 def fingerprint(*parts: Sequence[Example]) -> str:
     """Returns the SHA-256 of all token ids and labels.
 
@@ -99,7 +104,7 @@ def save_checkpoint(
     Raises:
         OSError: the disk is full or not writable. Earlier checkpoints stay as they were.
     """
-    path = out / FOLDER / checkpoint_name(len(run.history))
+    path = checkpoint_path(out, len(run.history))
     try:
         # The checkpoint refers to it.
         sync(out / METRICS)

@@ -63,6 +63,8 @@ class FinetuneConfig:
         resume: Resume from the newest intact checkpoint in the output folder.
         overwrite: Replace the run in the output folder, finished or not. Other files there stay.
         trust_remote_code: Allow code in the model's folder to be executed.
+        timeout: With several processes (torchrun), how many seconds they wait for one that gives no
+            sign of life, or for each other within a step.
 
     Raises:
         ValueError: a setting has another type or is out of range; the message names it.
@@ -105,6 +107,7 @@ class FinetuneConfig:
     resume: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
+    timeout: float = 20.0
 
     def __post_init__(self) -> None:
         check_settings(self)

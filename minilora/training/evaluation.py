@@ -8,12 +8,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minilora.distributed.processes import Processes
 from minilora.surgery import adapter_parameters
 from minilora.training.callbacks import AfterStep
 from minilora.training.data import Example
@@ -35,6 +36,7 @@ class HoldOut:
         questions: the sample prompts.
         batch_size: number of sequences per forward pass.
         pad: the id of the padding token.
+        processes: the processes of the run.
     """
 
     model: nn.Module
@@ -43,10 +45,17 @@ class HoldOut:
     questions: Sequence[Question]
     batch_size: int
     pad: int
+    processes: Processes = field(default_factory=Processes)
 
     def loss(self) -> float:
         """Returns the mean loss (nats per completion token)."""
-        return evaluate(self.model, self.examples, batch_size=self.batch_size, pad=self.pad)
+        return evaluate(
+            self.model,
+            self.examples,
+            batch_size=self.batch_size,
+            pad=self.pad,
+            processes=self.processes,
+        )
 
     def answers(self) -> list[str]:
         """Returns an answer to each sample prompt."""

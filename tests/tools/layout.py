@@ -38,12 +38,21 @@ PACKAGES = {"minilora", "minilora.kernels", *(f"minilora.{unit}" for unit in KER
 # Subpackage -> what it may import of minilora, beside itself.
 SUBPACKAGES: dict[str, set[str]] = {
     "files": {*CORE, REFERENCE},
+    "distributed": {*CORE, "files", REFERENCE},
     "optim": set(),
     "losses": {*CORE, REFERENCE, CPU},
     "reports": {*CORE, REFERENCE, "huggingface"},
     # The kernels of what `efficient_training` replaces, which have no part in the core.
     "huggingface": {*CORE, "files", "losses", REFERENCE, CPU},
-    "training": {*CORE, "files", "optim", "reports", "huggingface", "losses"},
+    "training": {
+        *CORE,
+        "distributed",
+        "files",
+        "optim",
+        "reports",
+        "huggingface",
+        "losses",
+    },
     "demo": {*CORE, "files", "optim", "reports", "huggingface", "training"},
 }
 

@@ -49,6 +49,7 @@ WRONG = {
     "eval_data": ("", " ", "a\0b", 3, Path("x")),
     "targets": ("", [], [""], [3], 3, None),
     "device": (3, True),
+    "timeout": ("20", True, [20.0], NAN, INFINITE, 0.0, 4.9, 1e7),
 }
 
 

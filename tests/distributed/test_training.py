@@ -1,0 +1,106 @@
+"""Fine-tuning in several processes: the steps of one process, and one writer."""
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import run
+
+from minilora.training import FinetuneConfig, finetune
+
+SETTINGS: dict[str, Any] = {
+    "lr": 1e-3,
+    "max_length": 80,
+    "eval_fraction": 0.2,
+    "batch_size": 4,
+    "grad_accum": 2,
+    "steps": 20,
+    "eval_every": 10,
+    "samples": 1,
+    "save_every": 10,
+    "r": 4,
+}
+
+# What one process and several may differ by: sums of float32 in another order, through 20 updates
+# of the adapters. The bar that the losses are held to.
+TOLERANCE = 1e-5
+
+
+def trained(rank: int, *settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Trains once with each of these settings; what this process got and printed."""
+    # On any machine the same: where bfloat16 is fast, it would be chosen, and rounding shows.
+    torch.cpu.get_capabilities = dict
+    return [_trained(FinetuneConfig(**each)) for each in settings]
+
+
+def _trained(config: FinetuneConfig) -> dict[str, Any]:
+    printed, error = io.StringIO(), None
+    with contextlib.redirect_stdout(printed):
+        try:
+            result = finetune(config)
+        except (ValueError, OSError) as caught:
+            return {"error": f"{type(caught).__name__}: {caught}", "printed": printed.getvalue()}
+    return {
+        "losses": [step.loss for step in result.history],
+        "norms": [step.grad_norm for step in result.history],
+        "held_out": [result.eval_before, result.eval_after],
+        "answers": [sample.after for sample in result.samples],
+        "printed": printed.getvalue(),
+        "error": error,
+    }
+
+
+@pytest.fixture(scope="module")
+def settings(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
+    """Returns a function that makes the settings of a run in a folder of its own."""
+    path = tmp_path_factory.mktemp("runs")
+    words = ("yes", "no", "perhaps", "never")
+    lines = [{"prompt": f"say {word}", "completion": word.upper()} for word in words * 5]
+    (path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def make(out: str, **changes: Any) -> dict[str, Any]:
+        paths = {"model": str(folder), "data": str(path / "data.jsonl"), "out": str(path / out)}
+        return paths | SETTINGS | changes
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(settings: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """What one process gets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict)
+        return _trained(FinetuneConfig(**settings("alone")))
+
+
+def differences(mine: list[float], theirs: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_steps_are_those_of_one_process_and_one_process_writes(
+    size: int, settings: Callable[..., dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    first, *others = (ran[0] for ran in run(size, trained, settings(f"of-{size}"), group=False))
+    assert first["error"] is None
+    assert differences(first["losses"], alone["losses"]) < TOLERANCE
+    assert differences(first["held_out"], alone["held_out"]) < TOLERANCE
+    assert first["answers"] == alone["answers"]
+
+    # Every process knows the same, and the first one alone prints.
+    for other in others:
+        assert other == first | {"printed": ""}
+    assert first["printed"].count("step  1/20") == 1
+
+    out = Path(settings(f"of-{size}")["out"])
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        path.name for path in Path(settings("alone")["out"]).iterdir()
+    )
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 20
