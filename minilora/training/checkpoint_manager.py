@@ -27,6 +27,7 @@ from minilora.training.data import Example
 from minilora.training.evaluation import BestAdapter
 from minilora.training.interrupts import Interrupted, StopRequest, catch_signals
 from minilora.training.loop import Step
+from minilora.training.restart import remember_end, remember_start
 from minilora.training.restoring import restore_checkpoint
 from minilora.training.run_folder import begin, check_folder, check_new
 from minilora.training.run_state import RunState, read_run
@@ -132,9 +133,11 @@ class CheckpointManager:
 
     def begin(self) -> None:
         """Writes config.json. Until then the folder is as it was; see `run_folder`."""
-        self.processes.on_first(
-            "the folder is prepared", lambda: begin(self.out, asdict(self.config), self.newest)
-        )
+        self.processes.on_first("the folder is prepared", self._begin)
+
+    def _begin(self) -> None:
+        begin(self.out, asdict(self.config), self.newest)
+        remember_start(self.out, self.processes)
 
     @contextmanager
     def saving(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[AfterStep]:
@@ -182,7 +185,11 @@ class CheckpointManager:
 
     def remove(self) -> None:
         """Removes the checkpoints of a finished run."""
-        self.processes.on_first("the run is finished", lambda: remove_checkpoints(self.out))
+        self.processes.on_first("the run is finished", self._remove)
+
+    def _remove(self) -> None:
+        remember_end(self.out, self.processes)
+        remove_checkpoints(self.out)
 
 
 def check_config(path: Path, run: RunState, config: Mapping[str, Any]) -> None:

@@ -33,6 +33,7 @@ from minilora.training.one_of_many import check_shares, only_first_prints, own_d
 from minilora.training.packing import check_packing
 from minilora.training.progress import announce
 from minilora.training.report import write_report
+from minilora.training.restart import after_restart
 from minilora.training.result import Result
 from minilora.training.run_state import METRICS, RunState
 from minilora.training.samples import Sample, pick_questions
@@ -52,7 +53,9 @@ def finetune(config: FinetuneConfig) -> Result:
     As long as it lasts, no other run can start in `config.out`.
 
     Started by `torchrun` in several processes, they share the examples of each step, and the first
-    one prints and writes. The steps are those of one process, but for rounding.
+    one prints and writes. The steps are those of one process, but for rounding, and a checkpoint
+    can be resumed by any number of processes. With `torchrun --max-restarts` a run whose processes
+    were started again goes on from its newest checkpoint.
 
     Returns:
         A `Result` with the trained model, its tokenizer, the loss on the hold-out and the sample
@@ -91,6 +94,7 @@ def finetune(config: FinetuneConfig) -> Result:
     check_max_length(model_config, config.max_length, config.model)
     with join_processes(config.timeout) as processes, only_first_prints(processes):
         check_shares(config, processes.size)
+        config = after_restart(config, processes)
         with hold_folder(Path(config.out)) if processes.is_first else nullcontext():
             return _finetune(replace(config, quantize=quantize), processes)
 

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 from processes import run
 
-from minilora.training import FinetuneConfig, finetune
+from minilora.training import FinetuneConfig, Interrupted, finetune, loop
 
 SETTINGS: dict[str, Any] = {
     "lr": 1e-3,
@@ -78,6 +80,52 @@ def alone(settings: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cpu, "get_capabilities", dict)
         return _trained(FinetuneConfig(**settings("alone")))
+
+
+def interrupted_and_resumed(
+    rank: int, settings: dict[str, Any], copies: list[str]
+) -> dict[str, Any]:
+    """Trains until a signal reaches the last process alone in step 8, and resumes a copy."""
+    torch.cpu.get_capabilities = dict
+    losses, calls = loop.token_losses, [0]
+
+    def signalled(model: Any, batch: Any) -> Any:
+        calls[0] += model.training
+        if rank == 1 and model.training and calls[0] == 8:
+            signal.raise_signal(signal.SIGTERM)
+        return losses(model, batch)
+
+    loop.token_losses = signalled
+    try:
+        finetune(FinetuneConfig(**settings))
+    except Interrupted as stopped:
+        told = str(stopped)
+    loop.token_losses = losses
+    if rank == 0:
+        for copy in copies:
+            shutil.copytree(settings["out"], copy)
+    resumed = _trained(FinetuneConfig(**(settings | {"resume": True})))
+    return {"told": told, "resumed": resumed}
+
+
+def test_a_run_stops_together_and_goes_on_with_any_number_of_processes(
+    settings: Callable[..., dict[str, Any]],
+    alone: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mine, theirs = settings("stopped"), settings("copy", resume=True)
+    mine["save_every"] = 0
+    ends = run(2, interrupted_and_resumed, mine, [theirs["out"]], group=False)
+    for end in ends:
+        assert end["told"].startswith("stopped by SIGTERM after step 8; the checkpoint is ")
+        assert differences(end["resumed"]["losses"], alone["losses"]) < TOLERANCE
+
+    # Dropout is off, so that the generators, which differ, are not asked.
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    again = _trained(FinetuneConfig(**theirs))
+    assert again["losses"][:8] == ends[0]["resumed"]["losses"][:8]
+    assert differences(again["losses"], alone["losses"]) < TOLERANCE
+    assert differences(again["held_out"], alone["held_out"]) < TOLERANCE
 
 
 def differences(mine: list[float], theirs: list[float]) -> float:
