@@ -58,7 +58,6 @@ class Processes:
         size: the number of processes.
         store: what they share; None: there is only this one.
         timeout: how many seconds a process may give no sign of life.
-        job: a store that outlives the processes, where torchrun starts them again.
 
     Example:
         >>> alone = Processes()
@@ -67,15 +66,10 @@ class Processes:
     """
 
     def __init__(
-        self,
-        rank: int = 0,
-        size: int = 1,
-        store: Store | None = None,
-        timeout: float = 20.0,
-        job: Store | None = None,
+        self, rank: int = 0, size: int = 1, store: Store | None = None, timeout: float = 20.0
     ) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
-        self._store, self._job = store, job
+        self._store = store
         self._heartbeat = None if store is None else Heartbeat(_clone(store), rank, size)
         self._shared = 0
 
@@ -149,19 +143,6 @@ class Processes:
         result = work() if self.is_first else None
         self.share(phase)
         return result
-
-    def remember(self, key: str, text: str) -> None:
-        """Keeps a text for the processes that torchrun starts after these, if they fail."""
-        if self._job is not None:
-            with self._connected():
-                self._job.set(key, text)
-
-    def remembered(self, key: str) -> str | None:
-        """Returns what processes before these have kept; None: nothing, or these are the first."""
-        if self._job is None:
-            return None
-        with self._connected():
-            return self._job.get(key).decode() if self._job.check([key]) else None
 
     @contextmanager
     def explained(self, phase: str) -> Iterator[None]:
@@ -308,9 +289,7 @@ def _join(timeout: float) -> Processes:
         raise ProcessError(
             f"the {count_processes()} processes did not meet within {timeout:g} s: {error}"
         ) from error
-    # Of torchrun, a prefix for each start around a store for all of them.
-    job = found.underlying_store if isinstance(found, PrefixStore) else None
-    return Processes(rank, size, store, timeout, job)
+    return Processes(rank, size, store, timeout)
 
 
 def _clone(store: Store) -> Store:

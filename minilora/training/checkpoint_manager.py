@@ -27,7 +27,7 @@ from minilora.training.data import Example
 from minilora.training.evaluation import BestAdapter
 from minilora.training.interrupts import Interrupted, StopRequest, catch_signals
 from minilora.training.loop import Step
-from minilora.training.restart import remember_end, remember_start
+from minilora.training.restart import forget_start, remember_start
 from minilora.training.restoring import restore_checkpoint
 from minilora.training.run_folder import begin, check_folder, check_new
 from minilora.training.run_state import RunState, read_run
@@ -137,7 +137,7 @@ class CheckpointManager:
 
     def _begin(self) -> None:
         begin(self.out, asdict(self.config), self.newest)
-        remember_start(self.out, self.processes)
+        remember_start(self.out)
 
     @contextmanager
     def saving(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[AfterStep]:
@@ -188,7 +188,7 @@ class CheckpointManager:
         self.processes.on_first("the run is finished", self._remove)
 
     def _remove(self) -> None:
-        remember_end(self.out, self.processes)
+        forget_start(self.out)
         remove_checkpoints(self.out)
 
 

@@ -94,8 +94,8 @@ def finetune(config: FinetuneConfig) -> Result:
     check_max_length(model_config, config.max_length, config.model)
     with join_processes(config.timeout) as processes, only_first_prints(processes):
         check_shares(config, processes.size)
-        config = after_restart(config, processes)
         with hold_folder(Path(config.out)) if processes.is_first else nullcontext():
+            config = after_restart(config, processes)
             return _finetune(replace(config, quantize=quantize), processes)
 
 
