@@ -9,6 +9,7 @@ from torch import nn
 from minilora.guards import check_called
 from minilora.layers import NF4Linear, adapter_class, check_quantizable
 from minilora.lora import LoRA, LoRALayer
+from minilora.sharded import sharding_of
 from minilora.targets import (
     Targets,
     adapted_layers,
@@ -31,11 +32,18 @@ def check_bare(model: nn.Module, reason: str = "", name: str | None = None) -> N
             raise ValueError(f"the model has the adapter {found!r} {on}: {way_out}")
 
 
+def check_not_sharded(model: nn.Module, way_out: str) -> None:
+    """Raises ValueError for a model that `fully_shard` has sharded: it keeps its parameters."""
+    if sharding_of(model) is not None:
+        raise ValueError(f"the model is sharded over several processes: {way_out}")
+
+
 def check_can_be_adapted(model: nn.Module, layers: Mapping[str, Any], name: str) -> None:
     """Raises ValueError or TypeError unless the layers can get an adapter of this name."""
     if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"name={name!r} cannot be an adapter's name: choose a word without dots")
     check_bare(model, "or choose another name", name)
+    check_not_sharded(model, "add adapters before fully_shard, which would not train new ones")
     _check_native(model, layers)
     for path, layer in layers.items():
         if getattr(getattr(layer, "_hf_hook", None), "offload", False):
@@ -85,6 +93,7 @@ def _also(names: Sequence[str]) -> str:
 
 def check_can_be_quantized(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Raises ValueError or TypeError, with the layer's name, unless all can be quantized."""
+    check_not_sharded(model, "quantize it before fully_shard")
     _check_native(model, layers)
     tied = tied_parameters(model)
     for name, layer in layers.items():

@@ -24,6 +24,7 @@ from minilora.functional import lora_linear, nf4_linear
 from minilora.kernels.reference.codebooks import CODEBOOKS
 from minilora.lora import LoRA, LoRALayer, LoRALinear, check_layer
 from minilora.nf4 import DTYPES, PARTS, NF4Weight, quantize_nf4
+from minilora.sharded import full, is_sharded
 
 # With the parameters of PARTS, what takes the place of `weight`.
 _FORMAT = ("nf4_layout", "weight_dtype", "block_size", "quant_type", "compute_dtype")
@@ -105,7 +106,10 @@ class NF4Linear(nn.Module):
 
     def _view(self, parts: list[Any]) -> NF4Weight:
         packed, absmax, absmax2, offset = (_to_floats(part) for part in parts)
-        tensors = packed, absmax, absmax2, None if offset is None else offset.view(())
+        # A sharded offset is whole in one process alone.
+        if offset is not None and not is_sharded(offset):
+            offset = offset.view(())
+        tensors = packed, absmax, absmax2, offset
         shape = torch.Size((self.out_features, self.in_features))
         return NF4Weight(*tensors, shape, self.weight_dtype, self.block_size, self.quant_type)
 
@@ -147,12 +151,12 @@ def _describe(name: str, t: Any, may_be_meta: bool) -> str:
     if t.is_meta and not may_be_meta:
         return "no values (a tensor on the meta device)"
     if name == "nf4_layout" and t.shape == (5,) and not t.is_meta:
-        o, i, dtype, block_size, codebook = t.tolist()
+        o, i, dtype, block_size, codebook = full(t).tolist()
         dtype = dict(enumerate(DTYPES)).get(dtype, dtype)
         codebook = dict(enumerate(CODEBOOKS)).get(codebook, codebook)
         return f"a [{o}, {i}] weight of {dtype} in {codebook}, in blocks of {block_size}"
     kind = "floats" if name == "bias" and t.is_floating_point() else t.dtype
-    infinite = t.dtype == torch.int32 and not t.is_meta and not _to_floats(t).isfinite().all()
+    infinite = t.dtype == torch.int32 and not t.is_meta and not _to_floats(full(t)).isfinite().all()
     return f"{tuple(t.shape)} of {kind}" + (", with NaN or infinity" if infinite else "")
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from minilora.checks import check_unwrapped
+from minilora.checks import check_not_sharded, check_unwrapped
 from minilora.guards import guard, release_quantizer
 from minilora.layers import NF4Linear, become, remove_adapter
 from minilora.nf4 import NF4Weight, check_values, quantize_nf4
@@ -77,6 +77,11 @@ def merge(
 def layers_to_merge(model: nn.Module) -> dict[str, Any]:
     """The adapted layers. Raises ValueError, with the layer's name, unless all can be merged."""
     layers = adapted_layers(model)
+    check_not_sharded(
+        model,
+        "save the adapter with minilora.save_adapter, and merge it in one process, into the base "
+        "with minilora.load_adapter",
+    )
     for name, layer in layers.items():
         check_unwrapped(name, layer)
         for p in layer.parameters():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.lora import LoRALayer
+from minilora.sharded import is_sharded
 from minilora.targets import did_you_mean
 
 _RECORDS = "_minilora_whole"  # an attribute of a module: name of a parameter -> Whole
@@ -116,11 +117,15 @@ def place_whole(model: nn.Module, trained: bool) -> None:
     """
     places_now = [(m, name, w) for m in model.modules() for name, w in _records(m).items()]
     for module, name, whole in places_now:
+        if trained and _is_sharded_in_training(getattr(module, name)):
+            continue
         if not any(getattr(module, name) is p for p in whole):
             reason = f"the {name} of a {type(module).__name__} that is trained whole was replaced"
             raise TypeError(f"{reason}, as fully_shard and to_empty do: eject the adapter before")
     for module, name, whole in places_now:
         old, new = getattr(module, name), whole.trained if trained else whole.base
+        if _is_sharded_in_training(old):
+            continue
         # What was put aside has missed what `model.to` did since.
         if old is not new and not old.is_meta:
             new.data = new.data.to(old.device, old.dtype)
@@ -138,8 +143,13 @@ def whole_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for path, (module, name) in places(model).items():
         whole, now = _records(module).get(name), getattr(module, name)
         if whole or (layers and now.requires_grad and id(now) not in ours):
-            found[path] = whole.trained if whole else now
+            found[path] = whole.trained if whole and not _is_sharded_in_training(now) else now
     return found
+
+
+def _is_sharded_in_training(p: nn.Parameter) -> bool:
+    """Whether `fully_shard` has put this parameter in the place of one that is trained."""
+    return is_sharded(p) and p.requires_grad
 
 
 def untied_names(model: nn.Module) -> list[str]:

@@ -1,6 +1,7 @@
 """The two files of an adapter, written and read without looking at a model."""
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -66,6 +67,13 @@ class SavedAdapter:
     def changes_something(self) -> bool:
         """Whether an adapter changes its layer, or there are parameters of the model itself."""
         return bool(self.whole) or self.trains_adapters()
+
+    def fingerprint(self) -> str:
+        """A hash of the config and of all values."""
+        total = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for _, tensors in sorted({**self.layers, "": self.whole}.items()):
+            total.update(sha256_of_tensors(tensors).encode())
+        return total.hexdigest()
 
     def trains_adapters(self) -> bool:
         """Whether any B, or its bias, is other than zero."""

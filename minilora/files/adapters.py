@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.checks import check_bare
+from minilora.checks import check_bare, check_not_sharded
 from minilora.files.adapter_checks import check_base, check_none, mismatches
 from minilora.files.adapter_folder import (
     WEIGHTS,
@@ -23,6 +23,7 @@ from minilora.files.adapter_folder import (
     write_adapter,
 )
 from minilora.files.base import Base, base_of
+from minilora.files.collective import assign, check_same, gathered, together, writes
 from minilora.files.names import canonical_names
 from minilora.files.peft_config import CONFIG, make_config, read_base_name
 from minilora.files.peft_limits import warn_of_limits
@@ -32,6 +33,7 @@ from minilora.files.saved_whole import saved_whole
 from minilora.files.text import shown
 from minilora.files.whole_values import WholeValues
 from minilora.lora import LoRA, LoRALayer
+from minilora.sharded import sharding_of
 from minilora.surgery import Model, attach, undone_on_error
 from minilora.targets import adapted_layers, adapter_names, linear_layers
 from minilora.whole import add_whole, new_parameters, place_whole, whole_parameters
@@ -46,6 +48,9 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
     their config, one of themselves, and a record of what the layers were: dense, or in 4 bits.
     A warning says what PEFT, vLLM or llama.cpp would not make of the files.
 
+    A model that `fully_shard` has sharded is gathered: every process has to call, and the first one
+    writes the same files that one process would. With DistributedDataParallel, call it in one.
+
     Args:
         model: an injected model. Adapters are written in float32, parameters of `train_also` in
             the dtype that they have.
@@ -59,13 +64,15 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
         ValueError: the model has no adapter, none of that name, or several and no name is given;
             without wrappers two modules have one name, or the model is itself the layer; the
             layers' adapters differ in an option that a config says once.
-        OSError: the disk is full or the folder cannot be written to; existing files stay.
+        OSError: the disk is full or the folder cannot be written to; existing files stay. Of a
+            sharded model, in every process.
 
     Example:
         >>> model = minilora.inject(torch.nn.Sequential(torch.nn.Linear(64, 8)), r=4)
         >>> sorted(p.name for p in save_adapter(model, tmp / "adapter").iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
+    mesh = sharding_of(model)
     name = _only_name(model) if name is None else name
     names = canonical_names(model)
     layers: dict[str, Any] = {names[p]: m for p, m in adapted_layers(model, name).items()}
@@ -83,11 +90,15 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None) ->
         modules_to_save=whole.modules_to_save,
         bias=whole.bias,
     )
-    tensors = {layer: adapter.tensors() for layer, adapter in adapters.items()}
+    tensors = {layer: gathered(adapter.tensors(), mesh) for layer, adapter in adapters.items()}
+    values = gathered(whole.tensors, mesh)
     folder = Path(path)
-    saved = SavedAdapter(name, config, tensors, whole.tensors, base_of(layers), whole.trained)
-    write_adapter(folder, saved)
-    warn_of_limits(model, names, layers, config, whole)
+    saved = SavedAdapter(name, config, tensors, values, base_of(layers), whole.trained)
+    with together(mesh):
+        if writes(mesh):
+            write_adapter(folder, saved)
+    if writes(mesh):
+        warn_of_limits(model, names, layers, config, whole)
     return folder
 
 
@@ -104,6 +115,9 @@ def load_adapter(
 
     An adapter that is added becomes the active one, as with `inject`. One that is replaced stays
     active, or inactive.
+
+    In a sharded model (`fully_shard`) an adapter can be replaced, by one of the same rank. Every
+    process has to call and reads the same files; an error in one is an error in all.
 
     Args:
         model: the base, dense or quantized. If it has an adapter of that name on the same layers,
@@ -125,8 +139,8 @@ def load_adapter(
             read.
         ValueError: the config sets an option that the adapter does not have; the tensors do not
             fit the model or the config (the first mismatches are named); a file is damaged, or the
-            two do not belong together; every B is zero; the adapter was trained on another base.
-            The model stays unchanged.
+            two do not belong together; every B is zero; the adapter was trained on another base;
+            a sharded model would get new parameters. The model stays unchanged.
 
     Example:
         >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(64, 8))
@@ -134,9 +148,12 @@ def load_adapter(
         >>> load_adapter(make(), folder, allow_zero=True)[0].adapters["default"].r
         4
     """
+    mesh = sharding_of(model)
     folder, names = Path(path), canonical_names(model)
     own_options = adapter(1, 1, r=1).config()
-    saved = read_adapter(folder, own_options, known=set(names.values()))
+    with together(mesh):
+        saved = read_adapter(folder, own_options, known=set(names.values()))
+    check_same(mesh, saved.fingerprint() if mesh else "", str(folder))
     if not allow_zero and not saved.changes_something():
         raise _changes_nothing(folder)
 
@@ -276,25 +293,31 @@ def _swap(
     An optimizer may hold its parameters, which stay unless the rank is another one.
     """
     trained = whole_parameters(model)
-    added = new_parameters(model, {path: v for path, v in values.items() if path not in trained})
+    added = {path: value for path, value in values.items() if path not in trained}
+    other_ranks = {id(m) for m, new in adapters.items() if not _fits(m.adapters[name], new)}
+    if other_ranks or added:
+        check_not_sharded(model, "load an adapter with other parameters before fully_shard")
+    new_whole = new_parameters(model, added)
     with undone_on_error(model):
         for layer, new in adapters.items():
             old = layer.adapters[name]
             values_of_new = new.tensors()
-            if _shapes(old) == _shapes(new):
+            if id(layer) not in other_ranks:
                 old.alpha, old.dropout = new.alpha, new.dropout
                 for end, parameter in old.tensors().items():
-                    parameter.copy_(values_of_new[end])
+                    assign(parameter, values_of_new[end])
             else:
                 new.requires_grad_(old.A.requires_grad)
                 layer.adapters[name] = new.train(layer.training)
         for path, value in values.items():
             if path in trained:
-                trained[path].copy_(value)
-        add_whole(model, added)
+                assign(trained[path], value)
+        add_whole(model, new_whole)
         # An adapter that is not active stays so.
         place_whole(model, trained=any(m.active for m in adapted_layers(model).values()))
 
 
-def _shapes(adapter: LoRA) -> dict[str, Any]:
-    return {end: tensor.shape for end, tensor in adapter.tensors().items()}
+def _fits(old: LoRA, new: LoRA) -> bool:
+    """Whether the values of `new` fit into the parameters of `old`."""
+    shapes = [{end: t.shape for end, t in adapter.tensors().items()} for adapter in (old, new)]
+    return shapes[0] == shapes[1]

@@ -11,6 +11,7 @@ from minilora.files.adapter_folder import SavedAdapter
 from minilora.files.peft_values import ConfigReader, saves
 from minilora.files.text import shown
 from minilora.lora import LoRALayer
+from minilora.sharded import full
 from minilora.whole import places, whole_parameters
 
 
@@ -75,7 +76,8 @@ class WholeValues:
         if not bool(value.isfinite().all()):
             return f"{name}: the file has NaN, or what is infinite in {p.dtype}"
         # A file in fewer bits is that of the same base in fewer bits.
-        same = torch.equal(value, p.detach()) or torch.equal(p.detach().to(tensor), tensor)
+        base = full(p).detach()
+        same = torch.equal(value, base) or torch.equal(base.to(tensor), tensor)
         if self._is_trained(name, changed=not same):
             self.changed = self.changed or not same
             self.values[self._paths[name]] = value

@@ -23,9 +23,12 @@ back. When it pays: LoRA's own states are small (r = 16 on a 7B model: about 320
 next to the activations. They matter for high ranks, trained embeddings, full fine-tuning of small
 models, and for the peak of a long sequence.
 
+Parameters that FSDP2 has sharded: each process updates the part that it has, and pages its states,
+with the bits of one process that has it all. Nothing communicates.
+
 The rest of the folder: `allocation` (what a step allocates), `buffers` (that memory, and the loop
 over pages), `pages` (cutting parameters), `transfer` (copies), `placement` (where states live),
-`state_dict`, `checks`, and `retry` (a forward and backward that ran out of memory).
+`shards`, `state_dict`, `checks`, and `retry` (a forward and backward that ran out of memory).
 """
 
 from collections.abc import Callable
@@ -95,7 +98,9 @@ class PagedAdamW(torch.optim.Optimizer):
     groups, schedulers, clipping, hooks and closures work as in any `torch.optim.Optimizer`.
 
     Args:
-        params: parameters or groups of them: floating point, dense, any shape.
+        params: parameters or groups of them: floating point, dense, any shape. Sharded ones
+            (DTensor, from `fully_shard`) have states that are sharded as they are; their state
+            dict can also be loaded from whole tensors, of which each process takes its part.
         lr, betas, eps, weight_decay: Python numbers, as for `torch.optim.AdamW`.
         page: "on_oom": states live on the device until a step runs out of memory there, from then
             on in (pinned) host memory. "always": in host memory from the start. "never": on the

@@ -20,6 +20,7 @@ from minilora.optim.buffers import GroupUpdates, StepBuffers
 from minilora.optim.checks import TrainedGroup
 from minilora.optim.pages import Update
 from minilora.optim.placement import Placement, States
+from minilora.optim.shards import local
 
 
 class Allocated(NamedTuple):
@@ -88,10 +89,10 @@ def _work_by_device(
             its_state = new_states[p] if is_new else state[p]
             assert p.grad is not None
             update = Update(
-                param=p,
-                grad=p.grad,
-                exp_avg=its_state["exp_avg"],
-                exp_avg_sq=its_state["exp_avg_sq"],
+                param=local(p),
+                grad=local(p.grad),
+                exp_avg=local(its_state["exp_avg"]),
+                exp_avg_sq=local(its_state["exp_avg_sq"]),
                 step=its_state["step"].item() + 1,
                 on_host=on_host,
             )

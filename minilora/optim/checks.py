@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minilora.optim.pages import Group
 from minilora.optim.placement import MOMENTS, Placement, States
+from minilora.optim.shards import describe_sharding, local, same_sharding
 
 # A parameter group, and those of its parameters that have a gradient.
 TrainedGroup = tuple[Group, list[Tensor]]
@@ -70,16 +71,16 @@ def check_state(p: Tensor, state: Any, placement: Placement, name: str) -> None:
         )
 
     device = torch.device("cpu") if p in placement.on_host else p.device
-    expected = f"{placement.dtype_of(p)} {tuple(p.shape)} on {device}"
+    expected = f"{placement.dtype_of(p)} {tuple(p.shape)} on {device}{describe_sharding(p)}"
     for key in MOMENTS:
-        if (found := _what(state[key])) != expected:
+        if (found := describe(state[key])) != expected:
             raise ValueError(
-                f"{key} of {name} is {found}, but the parameter, {_what(p)}, needs {expected}. "
+                f"{key} of {name} is {found}, but the parameter, {describe(p)}, needs {expected}. "
                 "Change a model before the optimizer is created; or create a new optimizer and "
                 "load the state dict of this one (state_dtype=torch.float32 keeps float32 states)"
             )
 
-    exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+    exp_avg, exp_avg_sq = local(state["exp_avg"]), local(state["exp_avg_sq"])
     if not is_dense(exp_avg) or exp_avg.stride() != exp_avg_sq.stride():
         raise ValueError(
             f"the states of {name} (shape {tuple(p.shape)}) have strides {exp_avg.stride()} and "
@@ -89,10 +90,11 @@ def check_state(p: Tensor, state: Any, placement: Placement, name: str) -> None:
         raise TypeError(f"step of {name} is {state['step']!r}: it must be a tensor of one number")
 
 
-def _what(value: Any) -> str:
+def describe(value: Any) -> str:
+    """What an error says of a tensor: torch.float32 (4, 8) on cpu."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
-    return f"{value.dtype} {tuple(value.shape)} on {value.device}"
+    return f"{value.dtype} {tuple(value.shape)} on {value.device}{describe_sharding(value)}"
 
 
 def is_dense(t: Tensor) -> bool:
@@ -147,9 +149,10 @@ def check_param(p: Any, options: Group, placement: Placement) -> None:
         raise TypeError(
             f"{name} is {p.dtype}: PagedAdamW updates real floating-point parameters only"
         )
-    if type(p.detach()) is not Tensor:
+    kind = type(local(p).detach())
+    if kind is not Tensor:
         raise TypeError(
-            f"{name} is a {type(p.detach()).__name__}: pass its local tensor, a plain torch.Tensor"
+            f"{name} is a {kind.__name__}: PagedAdamW updates plain tensors, and DTensors of them"
         )
 
     # Half of the smallest number rounds to zero: 0 / 0, wherever a gradient is zero.
@@ -176,8 +179,8 @@ def check_grad(p: Tensor) -> None:
             f"the gradient of a parameter of shape {tuple(p.shape)} is {grad.dtype}, "
             f"but the parameter is {p.dtype}"
         )
-    if grad.shape != p.shape or grad.device != p.device:
+    if grad.shape != p.shape or grad.device != p.device or not same_sharding(grad, p):
         raise ValueError(
-            f"the gradient of a parameter, {_what(p)}, is {_what(grad)}: call zero_grad after a "
-            "change of the model"
+            f"the gradient of a parameter, {describe(p)}, is {describe(grad)}: call zero_grad "
+            "after a change of the model, and redistribute a gradient that is sharded otherwise"
         )

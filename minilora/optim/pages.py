@@ -28,7 +28,10 @@ Group = dict[str, Any]
 
 
 class Update(NamedTuple):
-    """One parameter in one step. Its states are dense tensors of the parameter's shape."""
+    """One parameter in one step. Its states are dense tensors of the parameter's shape.
+
+    Of a sharded parameter this is the part that this process has.
+    """
 
     param: Tensor
     grad: Tensor

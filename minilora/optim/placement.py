@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minilora.optim.paging import Paging
+from minilora.optim.shards import local
 from minilora.optim.transfer import Transfer, transfer_for
 
 PageMode = Literal["on_oom", "always", "never"]
@@ -86,8 +87,8 @@ class Placement:
 
         for key in MOMENTS:
             if on_host:
-                empty = self.transfer(param.device).empty_on_host(param, dtype)
-                state[key] = empty.zero_()
+                state[key] = self.transfer(param.device).empty_on_host(param, dtype)
+                local(state[key]).zero_()
             else:
                 state[key] = torch.zeros_like(param, dtype=dtype)
 
@@ -128,14 +129,16 @@ class Placement:
                 state[p].update(moved)
                 self.on_host.add(p)
 
-                nbytes = sum(moment.nbytes for moment in moved.values())
+                nbytes = _local_bytes(moved)
                 self.paging.bytes_out += nbytes
                 total += nbytes
 
         return total
 
     def _copy_to_host(self, param: Tensor, moment: Tensor) -> Tensor:
-        return self.transfer(param.device).empty_on_host(moment, moment.dtype).copy_(moment)
+        copy = self.transfer(param.device).empty_on_host(moment, moment.dtype)
+        local(copy).copy_(local(moment))
+        return copy
 
     def move_to_device(self, state: States) -> int:
         """Moves all states to the device, or none; returns the number of bytes moved."""
@@ -159,12 +162,17 @@ class Placement:
         self.forget_transfers()
         self.paging.since = None
 
-        total = sum(moment.nbytes for moments in moved.values() for moment in moments.values())
+        total = sum(map(_local_bytes, moved.values()))
         self.paging.bytes_in += total
         return total
 
 
 def _copies_on_device(param: Tensor, state: State) -> State:
-    return {
-        key: torch.empty_like(param, dtype=state[key].dtype).copy_(state[key]) for key in MOMENTS
-    }
+    copies = {key: torch.empty_like(param, dtype=state[key].dtype) for key in MOMENTS}
+    for key, copy in copies.items():
+        local(copy).copy_(local(state[key]))
+    return copies
+
+
+def _local_bytes(moments: State) -> int:
+    return sum(local(moment).nbytes for moment in moments.values())

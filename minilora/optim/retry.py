@@ -8,6 +8,9 @@ the second run is bit-identical to one that never failed.
 It costs nothing while gradients are None at the start; while they accumulate, one copy of them to
 host memory per call. accelerate's `find_executable_batch_size` restarts the whole training with a
 smaller batch instead.
+
+With several processes there is no second run: each process takes part in the others' forward and
+backward, and one that repeats its own would wait for them, and they for it.
 """
 
 import gc
@@ -44,7 +47,7 @@ def retry_on_oom(step: Callable[[], T], optimizer: PagedAdamW) -> T:
     Raises:
         torch.OutOfMemoryError: the second run failed too, or the gradients could not be saved. The
             message says what was in use, what was freed and what to change. Gradients and random
-            state are as they were before.
+            state are as they were before. With several processes: the first run failed.
         MemoryError: not enough host memory for the states.
 
     While gradients accumulate (they are not None), each call first copies them to host memory. A
@@ -70,6 +73,8 @@ def retry_on_oom(step: Callable[[], T], optimizer: PagedAdamW) -> T:
 
     # Outside the handler: its traceback kept alive the frames of `step`, and with them activations.
     before.restore()
+    if (processes := _processes()) > 1:
+        raise torch.OutOfMemoryError(_ran_out_in_a_group(first, processes, optimizer.page))
     gc.collect()
     freed = 0 if optimizer.page == "never" else optimizer.page_out()
     optimizer.release()
@@ -94,6 +99,22 @@ def _ran_out_twice(first: str, second: str, freed: int, in_use: str) -> str:
         f"In use after the second failure: {in_use}.\n"
         "Use a smaller batch (and accumulate gradients), shorter sequences, or gradient "
         "checkpointing."
+    )
+
+
+def _processes() -> int:
+    """The number of processes that train together."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if started else 1
+
+
+def _ran_out_in_a_group(first: str, processes: int, page: str) -> str:
+    always = "" if page == "always" else ', PagedAdamW(page="always")'
+    return (
+        f"forward + backward ran out of memory: {first}\n"
+        f"It is not repeated, because the other processes ({processes - 1}) would not take part.\n"
+        "Use a smaller batch (and accumulate gradients), shorter sequences, gradient checkpointing"
+        f"{always}."
     )
 
 

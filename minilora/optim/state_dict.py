@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora.optim.checks import TORCH_OPTIONS, check_options
+from minilora.optim.checks import TORCH_OPTIONS, check_options, describe
 from minilora.optim.pages import Group
 from minilora.optim.placement import MOMENTS, Placement, State, States
+from minilora.optim.shards import is_sharded, local, local_part, same_sharding
 
 
 @contextmanager
@@ -123,6 +124,11 @@ def _check_state(i: int, state: Any, p: Tensor, dtype: torch.dtype) -> None:
                 f"{key} of parameter {i} has shape {tuple(value.shape)}, "
                 f"but the parameter has shape {tuple(p.shape)}"
             )
+        if is_sharded(value) and not same_sharding(value, p):
+            raise ValueError(
+                f"{key} of parameter {i} is {describe(value)}, but the parameter is {describe(p)}: "
+                "save it with full_tensor(), which any sharding can load"
+            )
         if torch.promote_types(value.dtype, dtype) != dtype:
             raise ValueError(
                 f"{key} of parameter {i} is {value.dtype} and would be rounded to {dtype}, the "
@@ -163,6 +169,7 @@ def _copies(saved: dict[Tensor, Any], placement: Placement, on_host: bool) -> St
 
 def _copy(p: Tensor, state: dict[str, Any], placement: Placement, on_host: bool) -> State:
     copy = placement.new_state(p, on_host)
-    for key, value in copy.items():
-        value.copy_(torch.as_tensor(state[key]))
+    copy["step"].copy_(torch.as_tensor(state["step"]))
+    for key in MOMENTS:
+        local(copy[key]).copy_(local_part(state[key], p))
     return copy

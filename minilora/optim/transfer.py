@@ -19,6 +19,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from minilora.optim.shards import local
+
 # Bytes of both states: 2 ms at the peak of PCIe 4.0, next to which a kernel launch is negligible.
 LARGEST_PAGE = 64 * 2**20
 
@@ -63,13 +65,15 @@ class Transfer(ABC):
     def empty_on_host(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns uninitialized host memory for a dense copy of `like` in `dtype`.
 
+        That of a sharded tensor is sharded alike; this process's part of it is in host memory.
+
         Raises:
             MemoryError: the host does not have enough memory.
         """
         try:
             return self._empty_on_host(like, dtype)
         except RuntimeError as error:
-            nbytes = like.numel() * dtype.itemsize
+            nbytes = local(like).numel() * dtype.itemsize
             raise MemoryError(
                 f"not enough host memory: cannot allocate {nbytes} bytes for a state of shape "
                 f"{tuple(like.shape)}: {error}. States that have already moved stay on the host, "
