@@ -388,7 +388,8 @@ def pages() -> Picture:
 
 CENTRE = WIDE / 2
 SIDE_WIDTH = 156
-LEFT_SIDE, RIGHT_SIDE = ("reports", "huggingface", "losses", "files"), ("optim",)
+LEFT_SIDE = ("reports", "huggingface", "losses", "files")
+RIGHT_SIDE = ("optim", "distributed")
 ROW, ROW_HEIGHT, ROW_WIDTH = 52, 38, 204
 
 

@@ -30,6 +30,7 @@ CORE = {
 SUBPACKAGES = {
     "files": ("adapters as PEFT's files,", "atomic writes"),
     "optim": ("PagedAdamW, retries;", "needs PyTorch alone"),
+    "distributed": ("a model in shards,", "several processes"),
     "reports": ("plan, merge report,", "tables and figures"),
     "losses": ("cross-entropy", "in chunks of tokens"),
     "huggingface": ("transformers: loading,", "generation"),

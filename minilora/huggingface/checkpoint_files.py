@@ -32,14 +32,14 @@ def stored_dtypes(files: Iterable[str | Path]) -> dict[str, str]:
     for file in map(Path, files):
         if file.suffix != ".safetensors":
             continue
-        with _opened(file) as opened:
+        with opened_file(file) as opened:
             names = opened.keys()
             dtypes |= {name: opened.get_slice(name).get_dtype() for name in names}
     return dtypes
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened_file(file: Path) -> Iterator[Any]:
     """An open safetensors file; errors name it."""
     from safetensors import SafetensorError, safe_open
 
@@ -73,10 +73,10 @@ def check_same(file: Path, shards: Iterable[Path]) -> None:
 
     Tensors are compared bit by bit, up to the first that differs.
     """
-    with _opened(file) as whole:
+    with opened_file(file) as whole:
         names = set(whole.keys())
         for shard in shards:
-            with _opened(shard) as part:
+            with opened_file(shard) as part:
                 for name in part.keys():  # noqa: SIM118
                     if name not in names or not _equal(whole, part, name):
                         raise ValueError(
@@ -133,7 +133,12 @@ def own_memory(model: nn.Module) -> None:
 
 def check_finite(model: nn.Module) -> None:
     """Raises ValueError if a parameter holds NaN or infinity, which is named; nothing is copied."""
-    for name, p in model.named_parameters():
+    check_all_finite(model.named_parameters())
+
+
+def check_all_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """`check_finite` of tensors, each with its name."""
+    for name, p in tensors:
         if p.is_floating_point() and p.numel() and not p.is_meta:
             # A NaN is both the least and the greatest.
             least, greatest = torch.aminmax(p.detach())

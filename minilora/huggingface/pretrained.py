@@ -129,7 +129,7 @@ def read_pretrained(
             named = compute_dtype or stored.get("bnb_4bit_compute_dtype") or "float32"
             options["config"] = _read_by_us(config, named)
 
-        tokenizer = read_tokenizer(path, trust_remote_code) if _has_tokenizer(path) else None
+        tokenizer = read_tokenizer(path, trust_remote_code) if has_tokenizer(path) else None
         model = read_model(cls, path, **options)
         check_finite(model)
         if causal or _CAUSAL.fullmatch(type(model).__name__):
@@ -181,6 +181,6 @@ def _read_by_us(config: Any, compute_dtype: Any) -> Any:
     return config
 
 
-def _has_tokenizer(path: str | Path) -> bool:
+def has_tokenizer(path: str | Path) -> bool:
     folder = Path(path)
     return not folder.is_dir() or any(any(folder.glob(name)) for name in _TOKENIZER_FILES)

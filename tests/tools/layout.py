@@ -15,7 +15,6 @@ ROOT = sizes.ROOT
 # The files directly in minilora/, in the order in which they are read.
 CORE = (
     "lora",
-    "sharded",
     "nf4",
     "functional",
     "layers",
@@ -39,22 +38,14 @@ PACKAGES = {"minilora", "minilora.kernels", *(f"minilora.{unit}" for unit in KER
 # Subpackage -> what it may import of minilora, beside itself.
 SUBPACKAGES: dict[str, set[str]] = {
     "files": {*CORE, REFERENCE},
-    "distributed": {*CORE, "files", REFERENCE},
     "optim": set(),
+    "distributed": {*CORE, "files"},
     "losses": {*CORE, REFERENCE, CPU},
-    "reports": {*CORE, REFERENCE, "huggingface"},
+    "reports": {*CORE, REFERENCE, "huggingface", "distributed"},
     # The kernels of what `efficient_training` replaces, which have no part in the core.
-    "huggingface": {*CORE, "files", "losses", REFERENCE, CPU},
-    "training": {
-        *CORE,
-        "distributed",
-        "files",
-        "optim",
-        "reports",
-        "huggingface",
-        "losses",
-    },
-    "demo": {*CORE, "files", "optim", "reports", "huggingface", "training"},
+    "huggingface": {*CORE, "files", "losses", "distributed", REFERENCE, CPU},
+    "training": {*CORE, "files", "optim", "reports", "huggingface", "losses", "distributed"},
+    "demo": {*CORE, "files", "optim", "reports", "huggingface", "training", "distributed"},
 }
 
 # `cli` may import everything, and so may what stands at the front door.
