@@ -21,6 +21,7 @@ from minilora.training.checkpoints import (
     newest_checkpoint,
     remove_checkpoints,
     save_checkpoint,
+    take_part,
 )
 from minilora.training.config import FinetuneConfig
 from minilora.training.data import Example
@@ -46,6 +47,7 @@ MAY_CHANGE = {
     "resume",
     "overwrite",
     "trust_remote_code",
+    "shard",
     "timeout",
 }
 
@@ -169,10 +171,12 @@ class CheckpointManager:
 
     def _save(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         keep, best = self.config.keep, self.best.tensors
-        self.processes.on_first(
-            "the checkpoint is saved",
-            lambda: save_checkpoint(self.out, self.run, model, optimizer, keep, best),
-        )
+        with self.processes.explained("the checkpoint is saved"):
+            if self.processes.is_first:
+                save_checkpoint(self.out, self.run, model, optimizer, keep, best)
+            elif self.config.shard:
+                take_part(model, optimizer)
+        self.processes.share("the checkpoint is saved")
         self.newest = checkpoint_path(self.out, len(self.run.history))
 
     def _interrupted(self, number: int, step: Step) -> Interrupted:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora.distributed.processes import Processes
+from minilora.optim.shards import local, local_part
+from minilora.sharded import full
 from minilora.surgery import adapter_parameters
 from minilora.training.callbacks import AfterStep
 from minilora.training.data import Example
@@ -134,7 +136,7 @@ class BestAdapter:
         def after_step(step: Step) -> None:
             if self.add(step):
                 parameters = adapter_parameters(model)
-                self.tensors = [p.detach().to("cpu", copy=True) for p in parameters]
+                self.tensors = [full(p.detach()).to("cpu", copy=True) for p in parameters]
 
         yield after_step
 
@@ -150,7 +152,7 @@ class BestAdapter:
         """Gives the model the best adapter; changes nothing if nothing was evaluated."""
         if self.step is not None:
             for parameter, best in zip(adapter_parameters(model), self.tensors, strict=True):
-                parameter.copy_(best)
+                local(parameter).copy_(local_part(best, parameter))
 
     def restore(self, history: Sequence[Step], tensors: list[Tensor]) -> None:
         """Goes on from the steps of a checkpoint, with the tensors that it holds."""

@@ -20,6 +20,7 @@ from minilora.distributed.processes import Processes
 from minilora.huggingface.bypassed import check_gradients, refuse_bypassed
 from minilora.optim.adamw import PagedAdamW
 from minilora.optim.retry import retry_on_oom
+from minilora.sharded import full
 from minilora.surgery import adapter_parameters
 from minilora.training.batches import Picked, forward_passes, make_batch, move_to, pick_examples
 from minilora.training.checks import check_finite
@@ -154,7 +155,7 @@ def train(
         loss = sum(share for share, _ in found)
         stop.agreed = int(max(signal for _, signal in found)) or None
 
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip).item()
+        norm = full(nn.utils.clip_grad_norm_(parameters, config.clip)).item()
         check_finite(norm, "the norm of the gradients", step, picked)
         optimizer.step()
         optimizer.zero_grad()

@@ -33,8 +33,16 @@ def own_device(name: str | None) -> torch.device:
     return device
 
 
-def check_shares(config: FinetuneConfig, processes: int) -> None:
-    """Raises ValueError unless the examples of a step can be shared equally by the processes."""
+def check_processes(config: FinetuneConfig, processes: int) -> None:
+    """Raises ValueError unless so many processes can do what the config says.
+
+    The examples of a step are shared equally.
+    """
+    if config.shard and processes == 1:
+        raise ValueError(
+            "shard=True needs several processes: start them with `torchrun --nproc-per-node N -m "
+            "minilora finetune ... --shard`, or leave it out"
+        )
     per_step = config.batch_size * config.grad_accum
     if per_step % processes:
         raise ValueError(

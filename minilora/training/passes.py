@@ -3,11 +3,13 @@
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minilora.distributed.processes import Processes
+from minilora.sharded import sharding_of
 
 Batch = dict[str, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -16,9 +18,10 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 class ForwardPasses:
     """Computes losses; their backward gives every process the same gradients.
 
-    With one process it is the loss function and nothing else. With several, DDP communicates while
-    the backward pass goes on. DDP hooks onto the forward of what it wraps, and a loss that goes
-    past the output head does not call the model's: so it wraps a module whose forward is the loss.
+    With one process it is the loss function and nothing else. With several, a model that `shard`
+    has sharded communicates by itself; for any other one DDP does, while the backward pass goes on.
+    DDP hooks onto the forward of what it wraps, and a loss that goes past the output head does not
+    call the model's: so it wraps a module whose forward is the loss.
 
     Args:
         model: a model with adapters, the same in every process.
@@ -28,8 +31,9 @@ class ForwardPasses:
 
     def __init__(self, model: nn.Module, loss: Loss, processes: Processes) -> None:
         self._module: nn.Module = _LossModule(model, loss)
+        self._sharded: Any = model if sharding_of(model) is not None else None
         self._replicated: DistributedDataParallel | None = None
-        if processes.size > 1:
+        if processes.size > 1 and self._sharded is None:
             # The parameters are the same already: `Processes.check_same` has compared the base,
             # and the adapters are drawn from a seed or read from a file.
             self._replicated = _replicate(self._module)
@@ -42,6 +46,8 @@ class ForwardPasses:
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward: only the last pass of a step communicates."""
+        if self._sharded is not None:
+            self._sharded.set_requires_gradient_sync(last)
         if self._replicated is None or last:
             return nullcontext()
         return self._replicated.no_sync()

@@ -29,7 +29,7 @@ from minilora.training.hold_out import encode_data, read_data
 from minilora.training.lock import hold_folder
 from minilora.training.loop import make_optimizer, train
 from minilora.training.loss import explain_loss
-from minilora.training.one_of_many import check_shares, only_first_prints, own_device
+from minilora.training.one_of_many import check_processes, only_first_prints, own_device
 from minilora.training.packing import check_packing
 from minilora.training.progress import announce
 from minilora.training.report import write_report
@@ -93,7 +93,7 @@ def finetune(config: FinetuneConfig) -> Result:
     quantize = decide_quantize(config.quantize, model_config, config.model)
     check_max_length(model_config, config.max_length, config.model)
     with join_processes(config.timeout) as processes, only_first_prints(processes):
-        check_shares(config, processes.size)
+        check_processes(config, processes.size)
         with hold_folder(Path(config.out)) if processes.is_first else nullcontext():
             config = after_restart(config, processes)
             return _finetune(replace(config, quantize=quantize), processes)
@@ -121,16 +121,19 @@ def _finetune(config: FinetuneConfig, processes: Processes) -> Result:
 
     # Inject
     planned = _inject(model, config)
-    optimizer = make_optimizer(model, config)
-    history = checkpoints.restore(model, optimizer)
-
-    header = describe_run(config, planned, training, held_out)
-    print_header(header | where_to_watch(out, tensorboard))
-    if (explanation := explain_loss(model)) is not None:
-        announce(explanation)
 
     # Each evaluation computes as the training does
     with efficient_training(model):
+        if config.shard:
+            _shard(model)
+        optimizer = make_optimizer(model, config)
+        history = checkpoints.restore(model, optimizer)
+
+        header = describe_run(config, planned, training, held_out)
+        print_header(header | where_to_watch(out, tensorboard))
+        if (explanation := explain_loss(model)) is not None:
+            announce(explanation)
+
         # Evaluate the base: a fresh adapter changes nothing
         hold_out = HoldOut(model, tokenizer, held_out, questions, config.batch_size, pad, processes)
         seconds = None if checkpoints.resumed else _evaluate_base(hold_out, checkpoints.run)
@@ -166,7 +169,7 @@ def _finetune(config: FinetuneConfig, processes: Processes) -> Result:
 
         # Save the best adapter, or the last one
         checkpoints.best.put_back(model)
-        processes.on_first("the adapter is saved", lambda: save_adapter(model, out))
+        _save(model, config, processes)
 
         # Evaluate it
         after, samples = _evaluate_adapter(hold_out, checkpoints.run, out)
@@ -208,6 +211,21 @@ def _inject(model: nn.Module, config: FinetuneConfig) -> Plan:
         seed=config.seed,
     )
     return planned
+
+
+def _shard(model: nn.Module) -> None:
+    # It takes a second to import.
+    from minilora.distributed import shard
+
+    shard(model)
+
+
+def _save(model: nn.Module, config: FinetuneConfig, processes: Processes) -> None:
+    """Writes the adapter once; that of a sharded model is gathered by all processes."""
+    with processes.explained("the adapter is saved"):
+        if config.shard or processes.is_first:
+            save_adapter(model, config.out)
+    processes.share("the adapter is saved")
 
 
 def _evaluate_base(hold_out: HoldOut, run: RunState) -> float | None:

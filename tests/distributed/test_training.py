@@ -132,11 +132,13 @@ def differences(mine: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "shard"), [(2, False), (2, True)])
 def test_the_steps_are_those_of_one_process_and_one_process_writes(
-    size: int, settings: Callable[..., dict[str, Any]], alone: dict[str, Any]
+    size: int, shard: bool, settings: Callable[..., dict[str, Any]], alone: dict[str, Any]
 ) -> None:
-    first, *others = (ran[0] for ran in run(size, trained, settings(f"of-{size}"), group=False))
+    name = f"of-{size}-{shard}"
+    ran = run(size, trained, settings(name, shard=shard), group=False)
+    first, *others = (one for (one,) in ran)
     assert first["error"] is None
     assert differences(first["losses"], alone["losses"]) < TOLERANCE
     assert differences(first["held_out"], alone["held_out"]) < TOLERANCE
@@ -147,7 +149,7 @@ def test_the_steps_are_those_of_one_process_and_one_process_writes(
         assert other == first | {"printed": ""}
     assert first["printed"].count("step  1/20") == 1
 
-    out = Path(settings(f"of-{size}")["out"])
+    out = Path(settings(name)["out"])
     assert sorted(path.name for path in out.iterdir()) == sorted(
         path.name for path in Path(settings("alone")["out"]).iterdir()
     )

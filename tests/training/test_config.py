@@ -40,6 +40,7 @@ FLAGS = (
     "resume",
     "overwrite",
     "trust_remote_code",
+    "shard",
 )
 WRONG = {
     **{name: ("1", 1.0, True, [1], NAN, 1 << 70, -(1 << 70)) for name in WHOLE},
