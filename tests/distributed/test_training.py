@@ -14,6 +14,7 @@ import torch
 from processes import run
 
 from minilora.training import FinetuneConfig, Interrupted, finetune, loop
+from minilora.training.one_of_many import check_processes
 
 SETTINGS: dict[str, Any] = {
     "lr": 1e-3,
@@ -33,11 +34,43 @@ SETTINGS: dict[str, Any] = {
 TOLERANCE = 1e-5
 
 
-def trained(rank: int, *settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Trains once with each of these settings; what this process got and printed."""
+def trained(rank: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Trains with these settings; what this process got and printed."""
     # On any machine the same: where bfloat16 is fast, it would be chosen, and rounding shows.
     torch.cpu.get_capabilities = dict
-    return [_trained(FinetuneConfig(**each)) for each in settings]
+    return _trained(FinetuneConfig(**settings))
+
+
+def interrupted(rank: int, settings: dict[str, Any]) -> str:
+    """Trains until a signal reaches the second process alone, in step 8; what the run says."""
+    losses, calls = loop.token_losses, [0]
+
+    def signalled(model: Any, batch: Any) -> Any:
+        calls[0] += model.training
+        if rank == 1 and model.training and calls[0] == 8:
+            signal.raise_signal(signal.SIGTERM)
+        return losses(model, batch)
+
+    loop.token_losses = signalled
+    try:
+        finetune(FinetuneConfig(**settings))
+    except Interrupted as stopped:
+        return str(stopped)
+    finally:
+        loop.token_losses = losses
+    return "it was not interrupted"
+
+
+def several(
+    rank: int, replicated: dict[str, Any], sharded: dict[str, Any], copy: str
+) -> dict[str, Any]:
+    """What a process gets: replicated; and sharded, interrupted, copied, and resumed replicated."""
+    found: dict[str, Any] = {"replicated": trained(rank, replicated)}
+    found["stopped"] = interrupted(rank, sharded)
+    if rank == 0:
+        shutil.copytree(sharded["out"], copy)
+    found["resumed"] = trained(rank, sharded | {"resume": True})
+    return found
 
 
 def _trained(config: FinetuneConfig) -> dict[str, Any]:
@@ -82,75 +115,78 @@ def alone(settings: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         return _trained(FinetuneConfig(**settings("alone")))
 
 
-def interrupted_and_resumed(
-    rank: int, settings: dict[str, Any], copies: list[str]
-) -> dict[str, Any]:
-    """Trains until a signal reaches the last process alone in step 8, and resumes a copy."""
-    torch.cpu.get_capabilities = dict
-    losses, calls = loop.token_losses, [0]
-
-    def signalled(model: Any, batch: Any) -> Any:
-        calls[0] += model.training
-        if rank == 1 and model.training and calls[0] == 8:
-            signal.raise_signal(signal.SIGTERM)
-        return losses(model, batch)
-
-    loop.token_losses = signalled
-    try:
-        finetune(FinetuneConfig(**settings))
-    except Interrupted as stopped:
-        told = str(stopped)
-    loop.token_losses = losses
-    if rank == 0:
-        for copy in copies:
-            shutil.copytree(settings["out"], copy)
-    resumed = _trained(FinetuneConfig(**(settings | {"resume": True})))
-    return {"told": told, "resumed": resumed}
-
-
-def test_a_run_stops_together_and_goes_on_with_any_number_of_processes(
-    settings: Callable[..., dict[str, Any]],
-    alone: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    mine, theirs = settings("stopped"), settings("copy", resume=True)
-    mine["save_every"] = 0
-    ends = run(2, interrupted_and_resumed, mine, [theirs["out"]], group=False)
-    for end in ends:
-        assert end["told"].startswith("stopped by SIGTERM after step 8; the checkpoint is ")
-        assert differences(end["resumed"]["losses"], alone["losses"]) < TOLERANCE
-
-    # Dropout is off, so that the generators, which differ, are not asked.
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    again = _trained(FinetuneConfig(**theirs))
-    assert again["losses"][:8] == ends[0]["resumed"]["losses"][:8]
-    assert differences(again["losses"], alone["losses"]) < TOLERANCE
-    assert differences(again["held_out"], alone["held_out"]) < TOLERANCE
-
-
 def differences(mine: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(mine, theirs, strict=True))
 
 
-@pytest.mark.parametrize(("size", "shard"), [(2, False), (2, True)])
-def test_the_steps_are_those_of_one_process_and_one_process_writes(
-    size: int, shard: bool, settings: Callable[..., dict[str, Any]], alone: dict[str, Any]
+def check_equal(mine: dict[str, Any], alone: dict[str, Any]) -> None:
+    """Whether a run had the losses and the answers of one process."""
+    assert mine["error"] is None
+    assert differences(mine["losses"], alone["losses"]) < TOLERANCE
+    assert differences(mine["held_out"], alone["held_out"]) < TOLERANCE
+    assert mine["answers"] == alone["answers"]
+
+
+def names(out: str) -> list[str]:
+    return sorted(path.name for path in Path(out).iterdir())
+
+
+def test_two_processes_replicated_or_sharded_stopped_and_resumed_are_as_one(
+    settings: Callable[..., dict[str, Any]],
+    alone: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    name = f"of-{size}-{shard}"
-    ran = run(size, trained, settings(name, shard=shard), group=False)
-    first, *others = (one for (one,) in ran)
-    assert first["error"] is None
-    assert differences(first["losses"], alone["losses"]) < TOLERANCE
-    assert differences(first["held_out"], alone["held_out"]) < TOLERANCE
-    assert first["answers"] == alone["answers"]
+    replicated = settings("replicated")
+    sharded = settings("sharded", shard=True, save_every=0)
+    copy = settings("copy", resume=True)
+    first, second = run(2, several, replicated, sharded, copy["out"], group=False)
 
-    # Every process knows the same, and the first one alone prints.
-    for other in others:
-        assert other == first | {"printed": ""}
-    assert first["printed"].count("step  1/20") == 1
+    check_equal(first["replicated"], alone)
+    check_equal(first["resumed"], alone)
 
-    out = Path(settings(name)["out"])
-    assert sorted(path.name for path in out.iterdir()) == sorted(
-        path.name for path in Path(settings("alone")["out"]).iterdir()
-    )
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 20
+    # Both processes know the same, and the first one alone prints and writes.
+    for what in ("replicated", "resumed"):
+        assert second[what] == first[what] | {"printed": ""}
+        assert first[what]["printed"].count("step 20/20") == 1
+    for out in (replicated["out"], sharded["out"]):
+        assert names(out) == names(settings("alone")["out"])
+        assert len(Path(out, "metrics.jsonl").read_text().splitlines()) == 20
+
+    # The signal of one has stopped both, in the same step; and one process can go on from there.
+    for told in (first["stopped"], second["stopped"]):
+        assert told.startswith("stopped by SIGTERM after step 8; the checkpoint is ")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    again = _trained(FinetuneConfig(**copy))
+    assert again["losses"][:8] == first["resumed"]["losses"][:8]
+    check_equal(again, alone)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("shard", [False, True])
+def test_four_processes_are_as_one_and_resume_what_two_have_saved(
+    shard: bool, settings: Callable[..., dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    name = f"four-{shard}"
+    whole, stopped = settings(f"{name}-whole", shard=shard), settings(name, save_every=0)
+    for ran in run(4, trained, whole, group=False):
+        check_equal(ran, alone)
+    for told in run(2, interrupted_in_float32, stopped, group=False):
+        assert told.startswith("stopped by SIGTERM after step 8")
+    for ran in run(4, trained, stopped | {"resume": True, "shard": shard}, group=False):
+        check_equal(ran, alone)
+
+
+def interrupted_in_float32(rank: int, settings: dict[str, Any]) -> str:
+    torch.cpu.get_capabilities = dict
+    return interrupted(rank, settings)
+
+
+def test_what_the_processes_cannot_share_is_refused(
+    settings: Callable[..., dict[str, Any]],
+) -> None:
+    config = FinetuneConfig(**settings("refused"))
+    with pytest.raises(ValueError, match=r"is 8 examples per step, which 3 processes cannot share"):
+        check_processes(config, 3)
+    check_processes(config, 4)
+    with pytest.raises(ValueError, match=r"shard=True needs several processes"):
+        finetune(FinetuneConfig(**settings("refused", shard=True)))
