@@ -50,6 +50,10 @@ TEXTS = attribute_texts(FinetuneConfig)
 # The types of `FinetuneConfig` that an option cannot have, and what it has instead.
 OPTION_TYPES: dict[Any, Any] = {str | Sequence[str]: str}
 
+# torchrun reads the options of the program that it starts, too, and takes --r for a beginning of
+# several of its own.
+NAMES = {"r": ("--r", "--rank")}
+
 SAMPLING_TEXTS = attribute_texts(Sampling)
 
 Model = Annotated[str, typer.Option(help=TEXTS["model"])]
@@ -93,7 +97,9 @@ def options_of(config: type) -> Callable[[Callable[..., None]], Callable[..., No
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=inspect.Parameter.empty if required else field.default,
-                annotation=Annotated[kind, typer.Option(help=texts[field.name])],
+                annotation=Annotated[
+                    kind, typer.Option(*NAMES.get(field.name, ()), help=texts[field.name])
+                ],
             )
         )
 
@@ -155,6 +161,7 @@ def demo(
 @options_of(FinetuneConfig)
 def finetune(**options: Any) -> None:
     """Fine-tune a causal language model on your own data."""
+    from minilora.distributed.processes import is_first_process
     from minilora.reports.formatting import format_bytes
     from minilora.training import finetune as run
     from minilora.training.progress import peak_memory
@@ -164,6 +171,8 @@ def finetune(**options: Any) -> None:
     config = FinetuneConfig(**options)
     with _interruptible():
         result = run(config)
+    if not is_first_process():
+        return
     print(f"\n{result}\n")
     if memory := peak_memory():
         print(f"peak memory: {format_bytes(memory)}")

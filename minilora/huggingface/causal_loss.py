@@ -1,12 +1,14 @@
 """The loss of a causal language model without the logits of the whole batch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from minilora.huggingface.output_head import find_output_head, hidden_states
 from minilora.losses import linear_cross_entropy
+from minilora.sharded import is_sharded
 
 
 def causal_lm_loss(
@@ -50,15 +52,32 @@ def causal_lm_loss(
     hidden = hidden_states(model, head, inputs)
 
     # The logits at position i predict token i + 1.
-    return linear_cross_entropy(
-        hidden[:, :-1],
-        head.layer,
-        labels[:, 1:].to(hidden.device),
-        ignore_index=ignore_index,
-        reduction=reduction,
-        scale=head.scale,
-        softcap=head.softcap,
-    )
+    with _gathered(unwrapped(model), head.layer):
+        return linear_cross_entropy(
+            hidden[:, :-1],
+            head.layer,
+            labels[:, 1:].to(hidden.device),
+            ignore_index=ignore_index,
+            reduction=reduction,
+            scale=head.scale,
+            softcap=head.softcap,
+        )
+
+
+@contextmanager
+def _gathered(model: Any, layer: nn.Module) -> Iterator[None]:
+    """Inside the block the output head of a sharded model is whole.
+
+    A forward pass that is followed by a backward leaves it so; after any other one it is freed.
+    """
+    if not any(map(is_sharded, layer.parameters())):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

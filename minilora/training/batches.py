@@ -1,7 +1,7 @@
 """From examples to batches: the hold-out split, the order of the examples, padding, packing."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -24,6 +24,9 @@ STEPS_PER_GROUP = 50
 
 # Examples of one optimizer step, each with its index in the training data.
 Picked = Sequence[tuple[int, Example]]
+
+# The rows of one forward pass: one example each, or several if they are packed.
+Rows = list[Picked]
 
 
 def split_hold_out(
@@ -135,30 +138,56 @@ def pick_examples(examples: Sequence[Example], config: FinetuneConfig, step: int
     return sorted(picked, key=lambda pair: len(pair[1].ids))
 
 
-def micro_batches(
-    picked: Picked, config: FinetuneConfig, pad_id: int
-) -> Iterator[tuple[Picked, dict[str, Tensor]]]:
-    """Yields the batch of each forward pass of a step, with its examples.
+def forward_passes(
+    picked: Picked, config: FinetuneConfig, *, rank: int = 0, ranks: int = 1
+) -> list[Rows]:
+    """Returns the rows of each forward pass of a step.
 
     A pass has `batch_size` rows at most: of one example each, or packed, of as many as fit into
     `max_length` tokens. Packing changes how many passes there are, and no gradient: the examples of
     the step are the same, and each computes what it computes alone.
-    """
-    size = config.batch_size
-    if not config.packing:
-        for start in range(0, len(picked), size):
-            micro = picked[start : start + size]
-            examples = [example for _, example in micro]
-            yield micro, collate(examples, pad_id, PAD_TO_MULTIPLE)
-        return
 
-    lengths = [len(example.ids) for _, example in picked]
-    packed = pack(lengths, config.max_length)
-    for start in range(0, len(packed), size):
-        chosen = [[picked[i] for i in row] for row in packed[start : start + size]]
-        rows = [[example for _, example in row] for row in chosen]
-        micro = [pair for row in chosen for pair in row]
-        yield micro, collate_packed(rows, pad_id, PAD_TO_MULTIPLE)
+    Of several processes, each takes every n-th example, so that their lengths are alike, and each
+    makes the same number of passes.
+
+    Args:
+        picked: the examples of the step, for all processes together.
+        config: `batch_size`, `packing` and `max_length`.
+        rank, ranks: of the process, and the number of all.
+    """
+    shares = [_in_passes(picked[k::ranks], config) for k in range(ranks)]
+    return _split(shares[rank], max(map(len, shares)))
+
+
+def _in_passes(picked: Picked, config: FinetuneConfig) -> list[Rows]:
+    """The rows of each forward pass."""
+    rows: Rows = [[pair] for pair in picked]
+    if config.packing:
+        lengths = [len(example.ids) for _, example in picked]
+        rows = [[picked[i] for i in row] for row in pack(lengths, config.max_length)]
+    size = config.batch_size
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _split(passes: list[Rows], count: int) -> list[Rows]:
+    """Halves the largest passes until there are so many; there are at least as many examples."""
+    while len(passes) < count:
+        largest = max(range(len(passes)), key=lambda i: (len(passes[i]), len(passes[i][0])))
+        rows = passes[largest]
+        if len(rows) > 1:
+            halves = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+        else:
+            halves = [[rows[0][: len(rows[0]) // 2]], [rows[0][len(rows[0]) // 2 :]]]
+        passes = [*passes[:largest], *halves, *passes[largest + 1 :]]
+    return passes
+
+
+def make_batch(rows: Rows, config: FinetuneConfig, pad_id: int) -> dict[str, Tensor]:
+    """Returns the batch of a forward pass: see `collate` and `collate_packed`."""
+    examples = [[example for _, example in row] for row in rows]
+    if config.packing:
+        return collate_packed(examples, pad_id, PAD_TO_MULTIPLE)
+    return collate([row[0] for row in examples], pad_id, PAD_TO_MULTIPLE)
 
 
 def collate(examples: Sequence[Example], pad_id: int, multiple: int = 1) -> dict[str, Tensor]:

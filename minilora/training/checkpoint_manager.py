@@ -11,20 +11,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.distributed.processes import Processes
 from minilora.files.text import shown_value
 from minilora.training.base import sha256_of_base
 from minilora.training.callbacks import AfterStep
 from minilora.training.checkpoints import (
+    checkpoint_path,
     fingerprint,
     newest_checkpoint,
     remove_checkpoints,
     save_checkpoint,
+    take_part,
 )
 from minilora.training.config import FinetuneConfig
 from minilora.training.data import Example
 from minilora.training.evaluation import BestAdapter
-from minilora.training.interrupts import Interrupted, catch_signals
+from minilora.training.interrupts import Interrupted, StopRequest, catch_signals
 from minilora.training.loop import Step
+from minilora.training.restart import forget_start, remember_start
 from minilora.training.restoring import restore_checkpoint
 from minilora.training.run_folder import begin, check_folder, check_new
 from minilora.training.run_state import RunState, read_run
@@ -43,6 +47,8 @@ MAY_CHANGE = {
     "resume",
     "overwrite",
     "trust_remote_code",
+    "shard",
+    "timeout",
 }
 
 
@@ -53,6 +59,8 @@ class CheckpointManager:
         config: `out`, `save_every`, `keep`, `resume` and `overwrite` say where, how often, how
             many, whether to resume, and whether a new run may replace another one. All other
             settings must be those of the run to resume.
+        processes: the processes of the run. All of them call everything here, and the first one
+            writes.
 
     Attributes:
         run: what the next checkpoint will hold besides tensors.
@@ -65,8 +73,10 @@ class CheckpointManager:
         FileNotFoundError: see `newest_checkpoint`.
     """
 
-    def __init__(self, config: FinetuneConfig) -> None:
+    def __init__(self, config: FinetuneConfig, processes: Processes | None = None) -> None:
         self.config = config
+        self.processes = processes or Processes()
+        self.stop = StopRequest()
         self.out = Path(config.out)
         self.newest: Path | None = None
         self.resumed = config.resume
@@ -80,10 +90,13 @@ class CheckpointManager:
             check_config(self.newest, self.run, asdict(config))
         else:
             check_new(self.out, config.overwrite)
+        found = {"settings": asdict(config), "newest": self.newest}
+        self.processes.check_same("the settings, or the newest checkpoint,", repr(found))
 
     def check_examples(self, training: Sequence[Example], held_out: Sequence[Example]) -> None:
         """Raises ValueError if the data gives other examples than those of the run so far."""
         now = fingerprint(training, held_out)
+        self.processes.check_same("the data", now)
         if self.resumed and now != self.run.examples:
             files = " with ".join(filter(None, (self.config.data, self.config.eval_data)))
             raise ValueError(
@@ -104,6 +117,7 @@ class CheckpointManager:
     def check_base(self, model: nn.Module) -> None:
         """Raises ValueError if the model, without adapters yet, is not that of the run so far."""
         now = sha256_of_base(model)
+        self.processes.check_same("the base model", now)
         if self.resumed and now != self.run.base:
             raise ValueError(
                 f"{self.config.model} is not the base that {self.newest} was trained on: its "
@@ -121,7 +135,11 @@ class CheckpointManager:
 
     def begin(self) -> None:
         """Writes config.json. Until then the folder is as it was; see `run_folder`."""
+        self.processes.on_first("the folder is prepared", self._begin)
+
+    def _begin(self) -> None:
         begin(self.out, asdict(self.config), self.newest)
+        remember_start(self.out)
 
     @contextmanager
     def saving(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[AfterStep]:
@@ -132,24 +150,34 @@ class CheckpointManager:
             OSError: a checkpoint could not be written.
             FloatingPointError: the error of the loop, with the newest checkpoint added.
         """
-        every, keep = self.config.save_every, self.config.keep
-        with catch_signals() as request:
+        every = self.config.save_every
+        alone = self.processes.size == 1
+        with catch_signals(self.stop):
 
             def after_step(step: Step) -> None:
                 self.run.add(step)
+                number = self.stop.signal if alone else self.stop.agreed
                 due = every > 0 and step.step % every == 0
-                if due or request.signal is not None:
-                    self.newest = save_checkpoint(
-                        self.out, self.run, model, optimizer, keep, self.best.tensors
-                    )
-                if request.signal is not None:
-                    raise self._interrupted(request.signal, step)
+                if due or number is not None:
+                    self._save(model, optimizer)
+                if number is not None:
+                    raise self._interrupted(number, step)
 
             try:
                 yield after_step
             except FloatingPointError as error:
                 newest = self.newest or "there is none yet"
                 raise FloatingPointError(f"{error} The newest checkpoint: {newest}.") from error
+
+    def _save(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        keep, best = self.config.keep, self.best.tensors
+        with self.processes.explained("the checkpoint is saved"):
+            if self.processes.is_first:
+                save_checkpoint(self.out, self.run, model, optimizer, keep, best)
+            elif self.config.shard:
+                take_part(model, optimizer)
+        self.processes.share("the checkpoint is saved")
+        self.newest = checkpoint_path(self.out, len(self.run.history))
 
     def _interrupted(self, number: int, step: Step) -> Interrupted:
         name = signal.Signals(number).name
@@ -161,6 +189,10 @@ class CheckpointManager:
 
     def remove(self) -> None:
         """Removes the checkpoints of a finished run."""
+        self.processes.on_first("the run is finished", self._remove)
+
+    def _remove(self) -> None:
+        forget_start(self.out)
         remove_checkpoints(self.out)
 
 
@@ -175,7 +207,7 @@ def check_config(path: Path, run: RunState, config: Mapping[str, Any]) -> None:
     # As JSON holds them: a tuple is a list.
     now = json.loads(json.dumps(dict(config)))
 
-    if strange := sorted(run.config.keys() ^ now.keys()):
+    if strange := sorted((run.config.keys() ^ now.keys()) - MAY_CHANGE):
         names = ", ".join(shown_value(name) for name in strange[:5])
         raise ValueError(
             f"{path} was not written with the settings of this version of minilora: {names} are "

@@ -22,6 +22,7 @@ pickled.
 
 import hashlib
 import json
+import os
 import re
 import secrets
 import shutil
@@ -44,6 +45,7 @@ from minilora.files.json_file import read_json
 from minilora.files.peft_config import CONFIG as ADAPTER_CONFIG
 from minilora.files.tensors import write_tensors
 from minilora.files.text import shown
+from minilora.sharded import full
 from minilora.surgery import adapter_parameters
 from minilora.training.data import Example
 from minilora.training.run_state import METRICS, RUN, RunState, checkpoint_name
@@ -57,6 +59,11 @@ _FILES = frozenset({ADAPTER_CONFIG, WEIGHTS, OPTIMIZER, RUN})
 
 # What a process that was killed leaves of a checkpoint that it was writing or removing.
 _UNFINISHED = ".step-*.partial"
+
+
+def checkpoint_path(out: Path, steps: int) -> Path:
+    """Returns the folder of the checkpoint after so many steps."""
+    return out / FOLDER / checkpoint_name(steps)
 
 
 def fingerprint(*parts: Sequence[Example]) -> str:
@@ -91,7 +98,7 @@ def save_checkpoint(
     Args:
         out: the output folder.
         run: what the checkpoint holds besides tensors.
-        model: the model with its adapters.
+        model: the model with its adapters. If it is sharded, the other processes `take_part`.
         optimizer: the optimizer of the adapters' parameters.
         keep: number of checkpoints to keep.
         best: the parameters of the best adapter so far, if the hold-out was evaluated.
@@ -99,7 +106,7 @@ def save_checkpoint(
     Raises:
         OSError: the disk is full or not writable. Earlier checkpoints stay as they were.
     """
-    path = out / FOLDER / checkpoint_name(len(run.history))
+    path = checkpoint_path(out, len(run.history))
     try:
         # The checkpoint refers to it.
         sync(out / METRICS)
@@ -127,13 +134,7 @@ def _write(
     best: Sequence[Tensor],
 ) -> None:
     save_adapter(model, folder)
-
-    tensors = {
-        f"{index}.{name}": value
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
-    write_tensors(folder / OPTIMIZER, tensors, {})
+    write_tensors(folder / OPTIMIZER, _states(optimizer), {})
     if best:
         write_tensors(folder / BEST, {str(i): tensor for i, tensor in enumerate(best)}, {})
 
@@ -143,6 +144,24 @@ def _write(
     # Last, so that it lists every other file.
     hashes = {file.name: sha256_of_file(file) for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
+
+
+def take_part(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What another process than the first does while that one saves a sharded model.
+
+    Its part of the adapter and of the optimizer's states is gathered, in the same order.
+    """
+    save_adapter(model, os.devnull)
+    _states(optimizer)
+
+
+def _states(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's states, whole; of a sharded model every process calls this."""
+    return {
+        f"{index}.{name}": full(value)
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
 
 
 def discard(path: Path) -> None:

@@ -30,6 +30,7 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "weight_decay": ("at least 0 and at most 1e6", lambda x: 0 <= x <= 1e6),
     "dropout": ("at least 0 and below 1", lambda x: 0 <= x < 1),
     "eval_fraction": ("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "timeout": ("at least 5 and at most 1e6", lambda x: 5 <= x <= 1e6),
 }
 _PATHS = ("model", "data", "out", "eval_data")
 

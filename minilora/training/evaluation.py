@@ -8,12 +8,15 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minilora.distributed.processes import Processes
+from minilora.optim.shards import local, local_part
+from minilora.sharded import full
 from minilora.surgery import adapter_parameters
 from minilora.training.callbacks import AfterStep
 from minilora.training.data import Example
@@ -35,6 +38,7 @@ class HoldOut:
         questions: the sample prompts.
         batch_size: number of sequences per forward pass.
         pad: the id of the padding token.
+        processes: the processes of the run.
     """
 
     model: nn.Module
@@ -43,10 +47,17 @@ class HoldOut:
     questions: Sequence[Question]
     batch_size: int
     pad: int
+    processes: Processes = field(default_factory=Processes)
 
     def loss(self) -> float:
         """Returns the mean loss (nats per completion token)."""
-        return evaluate(self.model, self.examples, batch_size=self.batch_size, pad=self.pad)
+        return evaluate(
+            self.model,
+            self.examples,
+            batch_size=self.batch_size,
+            pad=self.pad,
+            processes=self.processes,
+        )
 
     def answers(self) -> list[str]:
         """Returns an answer to each sample prompt."""
@@ -125,7 +136,7 @@ class BestAdapter:
         def after_step(step: Step) -> None:
             if self.add(step):
                 parameters = adapter_parameters(model)
-                self.tensors = [p.detach().to("cpu", copy=True) for p in parameters]
+                self.tensors = [full(p.detach()).to("cpu", copy=True) for p in parameters]
 
         yield after_step
 
@@ -141,7 +152,7 @@ class BestAdapter:
         """Gives the model the best adapter; changes nothing if nothing was evaluated."""
         if self.step is not None:
             for parameter, best in zip(adapter_parameters(model), self.tensors, strict=True):
-                parameter.copy_(best)
+                local(parameter).copy_(local_part(best, parameter))
 
     def restore(self, history: Sequence[Step], tensors: list[Tensor]) -> None:
         """Goes on from the steps of a checkpoint, with the tensors that it holds."""

@@ -27,23 +27,28 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class StopRequest:
-    """The number of the signal that asked the run to stop; None: no signal has arrived."""
+    """The signal that asked the run to stop.
+
+    Attributes:
+        signal: its number; None: no signal has arrived in this process.
+        agreed: the same of all processes of the run, after the last step.
+    """
 
     signal: int | None = None
+    agreed: int | None = None
 
 
 @contextmanager
-def catch_signals() -> Iterator[StopRequest]:
-    """Inside the block, the first Ctrl-C or SIGTERM only records its number in the `StopRequest`.
+def catch_signals(request: StopRequest) -> Iterator[None]:
+    """Inside the block, the first Ctrl-C or SIGTERM only records its number in `request.signal`.
 
     A second Ctrl-C raises KeyboardInterrupt at once. A second SIGTERM does nothing, because some
     job schedulers send each signal twice. Signals that are ignored, as for a process in the
     background, stay ignored. Outside the main thread, where Python allows no signal handlers, the
     block changes nothing.
     """
-    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield
         return
 
     def handle(number: int, _: FrameType | None) -> None:
@@ -60,7 +65,7 @@ def catch_signals() -> Iterator[StopRequest]:
     try:
         for number in caught:
             signal.signal(number, handle)
-        yield request
+        yield
     finally:
         for number in caught:
             signal.signal(number, previous[number])

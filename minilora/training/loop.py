@@ -14,18 +14,23 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
+from minilora.distributed.processes import Processes
 from minilora.huggingface.bypassed import check_gradients, refuse_bypassed
 from minilora.optim.adamw import PagedAdamW
 from minilora.optim.retry import retry_on_oom
+from minilora.sharded import full
 from minilora.surgery import adapter_parameters
-from minilora.training.batches import Picked, micro_batches, move_to, pick_examples
+from minilora.training.batches import Picked, forward_passes, make_batch, move_to, pick_examples
 from minilora.training.checks import check_finite
 from minilora.training.config import FinetuneConfig
 from minilora.training.data import Example
+from minilora.training.interrupts import StopRequest
 from minilora.training.loss import token_losses
 from minilora.training.packing import check_packing, without_cache
+from minilora.training.passes import ForwardPasses
+from minilora.training.random_state import seed_step
 
 WARMUP_FRACTION = 0.03
 
@@ -81,11 +86,16 @@ def train(
     pad: int,
     optimizer: PagedAdamW | None = None,
     done: int = 0,
+    processes: Processes | None = None,
+    stop: StopRequest | None = None,
 ) -> Iterator[Step]:
     """Trains an injected model and yields a `Step` after each optimizer step.
 
     Only the adapters' parameters change. If forward or backward runs out of device memory, it is
     run again with the optimizer's states moved to the host.
+
+    Several processes share the examples of each step, and every one yields the same `Step`. None of
+    them runs a step again, in which the others would take no part.
 
     Args:
         model: a causal language model with adapters.
@@ -95,8 +105,11 @@ def train(
         optimizer: default: `make_optimizer`.
         done: number of steps already taken. Given the model, the optimizer and the random states
             as they were then, `train` continues bit for bit.
+        processes: the processes of the run. Default: this one alone.
+        stop: the processes agree in each step whether one of them was asked to stop.
 
     Raises:
+        ProcessError: another process failed, was killed or hangs.
         ValueError: an adapter got no gradient in the first step; or `packing` is on and the model
             cannot take packed sequences.
         TypeError: the model reads the weight of an adapted layer without calling the layer.
@@ -105,9 +118,11 @@ def train(
     """
     parameters = adapter_parameters(model)
     optimizer = optimizer or make_optimizer(model, config)
+    processes, stop = processes or Processes(), stop or StopRequest()
     steps = config.steps_for(len(examples))
     if config.packing:
         check_packing(model)
+    forward = ForwardPasses(model, _loss, processes)
     model.train()
 
     for step in range(done, steps):
@@ -117,13 +132,30 @@ def train(
             group["lr"] = lr
 
         picked = pick_examples(examples, config, step)
-        backward = partial(forward_backward, model, picked, config, step, pad=pad)
-        with refuse_bypassed(model) if step == done else nullcontext():
-            loss = retry_on_oom(backward, optimizer)
+        backward = partial(
+            forward_backward,
+            model,
+            picked,
+            config,
+            step,
+            pad=pad,
+            forward=forward,
+            processes=processes,
+        )
+        if processes.size > 1:
+            seed_step(config.seed, step, processes.rank)
+        with (
+            processes.explained(f"step {step + 1}"),
+            refuse_bypassed(model) if step == done else nullcontext(),
+        ):
+            share = retry_on_oom(backward, optimizer) if processes.size == 1 else backward()
             if step == done:
                 check_gradients(model)
+            found = processes.exchange(share, stop.signal or 0)
+        loss = sum(share for share, _ in found)
+        stop.agreed = int(max(signal for _, signal in found)) or None
 
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip).item()
+        norm = full(nn.utils.clip_grad_norm_(parameters, config.clip)).item()
         check_finite(norm, "the norm of the gradients", step, picked)
         optimizer.step()
         optimizer.zero_grad()
@@ -140,23 +172,45 @@ def train(
 
 
 def forward_backward(
-    model: nn.Module, picked: Picked, config: FinetuneConfig, step: int, *, pad: int
+    model: nn.Module,
+    picked: Picked,
+    config: FinetuneConfig,
+    step: int,
+    *,
+    pad: int,
+    forward: ForwardPasses | None = None,
+    processes: Processes | None = None,
 ) -> float:
-    """Accumulates the gradients of a step's examples over micro-batches; returns the mean loss."""
+    """Accumulates the gradients of a step's examples over micro-batches; returns the mean loss.
+
+    Of several processes, each returns its part of the mean loss: the sum is that of the step. The
+    gradients are those of the whole step in every process.
+    """
+    processes = processes or Processes()
+    forward = forward or ForwardPasses(model, _loss, processes)
     device = adapter_parameters(model)[0].device
 
     # The number of learned tokens of the whole step: a token weighs the same in any micro-batch.
-    learned = sum(example.learned for _, example in picked)
+    # The gradients of several processes are averaged, and their sum is wanted.
+    learned = sum(example.learned for _, example in picked) / processes.size
 
     total = 0.0
-    for micro, batch in micro_batches(picked, config, pad):
-        with without_cache(model):
-            loss = token_losses(model, move_to(device, batch)) / learned
-        if not loss.requires_grad:
-            # No adapter has a gradient. The error of `backward` would name none of them.
-            check_gradients(model)
-        loss.backward()  # type: ignore[no-untyped-call]
+    passes = forward_passes(picked, config, rank=processes.rank, ranks=processes.size)
+    for number, rows in enumerate(passes, start=1):
+        batch = move_to(device, make_batch(rows, config, pad))
+        with forward.accumulating(last=number == len(passes)):
+            loss = forward(batch) / learned
+            if not loss.requires_grad:
+                # No adapter has a gradient. The error of `backward` would name none of them.
+                check_gradients(model)
+            loss.backward()  # type: ignore[no-untyped-call]
 
+        micro = [pair for row in rows for pair in row]
         check_finite(loss.item(), "the loss", step, micro)
-        total += loss.item()
+        total += loss.item() / processes.size
     return total
+
+
+def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with without_cache(model):
+        return token_losses(model, batch)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.distributed.processes import Processes
 from minilora.huggingface.causal_loss import causal_lm_loss
 from minilora.huggingface.output_head import UnknownHeadError, find_output_head
 from minilora.training.batches import PAD_TO_MULTIPLE, collate, move_to
@@ -51,28 +52,48 @@ def explain_loss(model: nn.Module) -> str | None:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, examples: Sequence[Example], *, batch_size: int = 8, pad: int = 0
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 8,
+    pad: int = 0,
+    processes: Processes | None = None,
 ) -> float:
     """Returns the mean loss over all examples (nats per completion token).
 
-    The model is left in the mode, training or evaluation, that it was in.
+    The model is left in the mode, training or evaluation, that it was in. Several processes share
+    the batches; the result is that of one, bit for bit, if their models are.
 
     Args:
         model: a causal language model.
         examples: what to measure it on.
         batch_size: number of sequences per forward pass.
         pad: the id of the padding token.
+        processes: the processes of the run. Default: this one alone.
     """
+    processes = processes or Processes()
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
 
     # Similar lengths together: less padding.
     ordered = sorted(examples, key=lambda example: len(example.ids))
-    total = 0.0
-    for start in range(0, len(ordered), batch_size):
-        batch = collate(ordered[start : start + batch_size], pad, PAD_TO_MULTIPLE)
-        total += token_losses(model, move_to(device, batch), other_terms=False).item()
-
+    batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+    losses = []
+    for first in range(0, len(batches), processes.size):
+        # Every process makes the same number of forward passes, the last one again if need be.
+        chosen = batches[min(first + processes.rank, len(batches) - 1)]
+        batch = move_to(device, collate(chosen, pad, PAD_TO_MULTIPLE))
+        losses.append(token_losses(model, batch, other_terms=False).item())
     model.train(was_training)
+
+    # Not in the collective, which waits no longer than its timeout.
+    processes.share("the hold-out is evaluated")
+    with processes.explained("the losses on the hold-out are exchanged"):
+        found = processes.exchange(*losses)
+    # In the order of the batches: the first of each process, the second of each, and so on.
+    in_order = [loss for together in zip(*found, strict=True) for loss in together]
+    total = 0.0
+    for loss in in_order[: len(batches)]:
+        total += loss
     return total / sum(example.learned for example in examples)

@@ -1,6 +1,7 @@
 """The states of all random number generators that training may draw from, as JSON holds them."""
 
 import random
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,17 @@ def random_states(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         states["cuda"] = _to_hex(torch.cuda.get_rng_state(device))
     return states
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seeds the generators of one of several processes for a step (0, 1, ...).
+
+    What it draws is a function of the arguments, so no checkpoint has to hold its states.
+    """
+    number = zlib.crc32(f"{seed} {step} {rank}".encode())
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)
 
 
 def check_random_states(states: Any) -> None:

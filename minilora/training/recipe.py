@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.distributed.processes import Processes, join_processes
 from minilora.files.adapters import save_adapter
 from minilora.files.text import shown
 from minilora.huggingface.activation_checkpointing import gradient_checkpointing
@@ -15,7 +16,7 @@ from minilora.huggingface.base_model import load_base, stored_in_4bit
 from minilora.huggingface.context import check_max_length
 from minilora.huggingface.efficient import efficient_training
 from minilora.huggingface.generation import pad_id
-from minilora.huggingface.loading import load_config, pick_device
+from minilora.huggingface.loading import load_config
 from minilora.huggingface.provenance import decide_quantize
 from minilora.reports.planning import Plan, plan
 from minilora.surgery import inject
@@ -28,9 +29,11 @@ from minilora.training.hold_out import encode_data, read_data
 from minilora.training.lock import hold_folder
 from minilora.training.loop import make_optimizer, train
 from minilora.training.loss import explain_loss
+from minilora.training.one_of_many import check_processes, only_first_prints, own_device
 from minilora.training.packing import check_packing
 from minilora.training.progress import announce
 from minilora.training.report import write_report
+from minilora.training.restart import after_restart
 from minilora.training.result import Result
 from minilora.training.run_state import METRICS, RunState
 from minilora.training.samples import Sample, pick_questions
@@ -49,6 +52,11 @@ def finetune(config: FinetuneConfig) -> Result:
     resumed, on the same machine and with the same versions, is bit-identical to one that was not.
     As long as it lasts, no other run can start in `config.out`.
 
+    Started by `torchrun` in several processes, they share the examples of each step, and the first
+    one prints and writes. The steps are those of one process, but for rounding, and a checkpoint
+    can be resumed by any number of processes. With `torchrun --max-restarts` a run whose processes
+    were started again goes on from its newest checkpoint.
+
     Returns:
         A `Result` with the trained model, its tokenizer, the loss on the hold-out and the sample
         answers before and after training, and the metrics of every `Step`.
@@ -59,6 +67,7 @@ def finetune(config: FinetuneConfig) -> Result:
             gradient in the first step.
         FileNotFoundError: the data or the checkpoint to resume from does not exist.
         FloatingPointError: a loss, on the hold-out too, or a gradient became NaN or infinite.
+        ProcessError: another process of the run failed, was killed or hangs. It is an OSError.
         BlockingIOError: another run is working in `config.out`; the message says which.
         OSError: a file could not be written; the message names it.
         minilora.training.Interrupted: Ctrl-C or SIGTERM, after a checkpoint was saved. It is a
@@ -83,13 +92,16 @@ def finetune(config: FinetuneConfig) -> Result:
     model_config = load_config(config.model, trust_remote_code=trust, allow_4bit=True)
     quantize = decide_quantize(config.quantize, model_config, config.model)
     check_max_length(model_config, config.max_length, config.model)
-    with hold_folder(Path(config.out)):
-        return _finetune(replace(config, quantize=quantize))
+    with join_processes(config.timeout) as processes, only_first_prints(processes):
+        check_processes(config, processes.size)
+        with hold_folder(Path(config.out)) if processes.is_first else nullcontext():
+            config = after_restart(config, processes)
+            return _finetune(replace(config, quantize=quantize), processes)
 
 
-def _finetune(config: FinetuneConfig) -> Result:
+def _finetune(config: FinetuneConfig, processes: Processes) -> Result:
     tensorboard = find_tensorboard()
-    checkpoints = CheckpointManager(config)
+    checkpoints = CheckpointManager(config, processes)
     out = Path(config.out)
     torch.manual_seed(config.seed)
 
@@ -109,18 +121,21 @@ def _finetune(config: FinetuneConfig) -> Result:
 
     # Inject
     planned = _inject(model, config)
-    optimizer = make_optimizer(model, config)
-    history = checkpoints.restore(model, optimizer)
-
-    header = describe_run(config, planned, training, held_out)
-    print_header(header | where_to_watch(out, tensorboard))
-    if (explanation := explain_loss(model)) is not None:
-        announce(explanation)
 
     # Each evaluation computes as the training does
     with efficient_training(model):
+        if config.shard:
+            _shard(model)
+        optimizer = make_optimizer(model, config)
+        history = checkpoints.restore(model, optimizer)
+
+        header = describe_run(config, planned, training, held_out)
+        print_header(header | where_to_watch(out, tensorboard))
+        if (explanation := explain_loss(model)) is not None:
+            announce(explanation)
+
         # Evaluate the base: a fresh adapter changes nothing
-        hold_out = HoldOut(model, tokenizer, held_out, questions, config.batch_size, pad)
+        hold_out = HoldOut(model, tokenizer, held_out, questions, config.batch_size, pad, processes)
         seconds = None if checkpoints.resumed else _evaluate_base(hold_out, checkpoints.run)
         checkpointing = uses_checkpointing(model, config)
         announce(describe_time(config, training, held_out, history, seconds, checkpointing))
@@ -128,11 +143,23 @@ def _finetune(config: FinetuneConfig) -> Result:
         # Train
         checkpoints.begin()
         total = config.steps_for(len(training))
-        steps = train(model, training, config, pad=pad, optimizer=optimizer, done=len(history))
-        callbacks = [
+        steps = train(
+            model,
+            training,
+            config,
+            pad=pad,
+            optimizer=optimizer,
+            done=len(history),
+            processes=processes,
+            stop=checkpoints.stop,
+        )
+        shown = [
             show_progress(total, len(history), optimizer, config.log_every),
             write_metrics(out / METRICS, history),
             write_events(out, len(history), tensorboard),
+        ]
+        callbacks = [
+            *(shown if processes.is_first else []),
             checkpoints.best.keeping(model),
             checkpoints.saving(model, optimizer),
         ]
@@ -142,7 +169,7 @@ def _finetune(config: FinetuneConfig) -> Result:
 
         # Save the best adapter, or the last one
         checkpoints.best.put_back(model)
-        save_adapter(model, out)
+        _save(model, config, processes)
 
         # Evaluate it
         after, samples = _evaluate_adapter(hold_out, checkpoints.run, out)
@@ -150,7 +177,7 @@ def _finetune(config: FinetuneConfig) -> Result:
     # Report
     before, best_step = checkpoints.run.eval_before, checkpoints.best.step
     result = Result(model, tokenizer, out, before, after, history, samples, best_step)
-    write_report(result, config, header)
+    processes.on_first("the report is written", lambda: write_report(result, config, header))
     checkpoints.remove()
     return result
 
@@ -167,7 +194,7 @@ def _load(config: FinetuneConfig) -> tuple[nn.Module, Any]:
         config.model,
         quantize={} if config.quantize else None,
         dense=not config.quantize,
-        device=pick_device(config.device),
+        device=own_device(config.device),
         trust_remote_code=trust,
     )
 
@@ -184,6 +211,21 @@ def _inject(model: nn.Module, config: FinetuneConfig) -> Plan:
         seed=config.seed,
     )
     return planned
+
+
+def _shard(model: nn.Module) -> None:
+    # It takes a second to import.
+    from minilora.distributed import shard
+
+    shard(model)
+
+
+def _save(model: nn.Module, config: FinetuneConfig, processes: Processes) -> None:
+    """Writes the adapter once; that of a sharded model is gathered by all processes."""
+    with processes.explained("the adapter is saved"):
+        if config.shard or processes.is_first:
+            save_adapter(model, config.out)
+    processes.share("the adapter is saved")
 
 
 def _evaluate_base(hold_out: HoldOut, run: RunState) -> float | None:

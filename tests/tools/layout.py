@@ -15,7 +15,6 @@ ROOT = sizes.ROOT
 # The files directly in minilora/, in the order in which they are read.
 CORE = (
     "lora",
-    "sharded",
     "nf4",
     "functional",
     "layers",

@@ -18,6 +18,7 @@ import inspect
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,9 @@ _COLLECTIVE = 30
 _SHOWN = 4000
 
 
-def run(n: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run(
+    n: int, function: Callable[..., Any], *args: Any, timeout: float = 120, group: bool = True
+) -> list[Any]:
     """Calls `function(rank, *args)` in each of `n` processes, which are a gloo group.
 
     Each has one thread, the environment that `torchrun` gives, and a generator with the same seed.
@@ -47,6 +50,7 @@ def run(n: int, function: Callable[..., Any], *args: Any, timeout: float = 120) 
         function: of a module's top level. The module is imported in a new process.
         args: what JSON holds; a `Path` arrives as a string.
         timeout: seconds, after which all processes are killed.
+        group: False: the processes are no group yet; the function starts it.
 
     Returns:
         What the function returned, by rank: what JSON holds.
@@ -59,11 +63,19 @@ def run(n: int, function: Callable[..., Any], *args: Any, timeout: float = 120) 
     with tempfile.TemporaryDirectory(prefix="minilora-ranks-") as name:
         folder = Path(name)
         call = {"n": n, "source": source, "function": function.__name__, "args": args}
+        call |= {"group": group, "port": _free_port()}
         (folder / "call.json").write_text(json.dumps(call, default=str))
         problem = _launch(folder, timeout)
         if problem is not None:
             raise AssertionError(f"{problem}\n{_output(folder, n)}")
         return [json.loads(_result(folder, rank).read_text()) for rank in range(n)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def _launch(folder: Path, timeout: float) -> str | None:
@@ -110,8 +122,10 @@ def main(folder: Path) -> int:
     for rank in range(call["n"]):
         pid = os.fork()
         if pid == 0:
-            return _rank(folder, rank, call["n"], function, call["args"])
+            return _rank(folder, rank, function, call)
         ranks[pid] = rank
+    # Not before: a process with threads must not be forked.
+    store = None if call["group"] else _store(call["port"])
 
     while ranks:
         pid, status = os.wait()
@@ -122,7 +136,15 @@ def main(folder: Path) -> int:
             for other in ranks:
                 os.kill(other, signal.SIGKILL)
             return 1
+    del store
     return 0
+
+
+def _store(port: int) -> Any:
+    """The store that `torchrun` keeps for its processes, through all their restarts."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
 
 
 def _imported(call: dict[str, Any]) -> Callable[..., Any]:
@@ -136,12 +158,24 @@ def _imported(call: dict[str, Any]) -> Callable[..., Any]:
     return function
 
 
-def _rank(folder: Path, rank: int, n: int, function: Callable[..., Any], args: list[Any]) -> int:
+def _rank(folder: Path, rank: int, function: Callable[..., Any], call: dict[str, Any]) -> int:
     with (folder / f"output-{rank}").open("wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     try:
-        result = _in_group(folder, rank, n, function, args)
+        import torch
+
+        n = call["n"]
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(call["port"])}
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        if call["group"]:
+            result = _in_group(folder, rank, n, function, call["args"])
+        else:
+            result = function(rank, *call["args"])
         _result(folder, rank).write_text(json.dumps(result))
     except BaseException:
         traceback.print_exc()
@@ -152,13 +186,8 @@ def _rank(folder: Path, rank: int, n: int, function: Callable[..., Any], args: l
 def _in_group(
     folder: Path, rank: int, n: int, function: Callable[..., Any], args: list[Any]
 ) -> Any:
-    import torch
     import torch.distributed as dist
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'store'}",

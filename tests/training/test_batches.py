@@ -11,6 +11,8 @@ from minilora.training.batches import (
     batch_order,
     check_step_size,
     collate,
+    forward_passes,
+    make_batch,
     pick_examples,
     split_hold_out,
 )
@@ -118,3 +120,30 @@ def test_a_step_that_repeats_the_data_many_times_is_refused(
     with pytest.raises(ValueError, match=message):
         pick_examples(examples * [Example([1, 2], [1, 2])], config, 0)
     check_step_size(examples * batch_size * grad_accum, config)
+
+
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=20),
+    batch_size=st.integers(1, 5),
+    ranks=st.integers(1, 4),
+    packing=st.booleans(),
+)
+def test_each_process_makes_the_same_number_of_passes_and_each_example_is_in_one(
+    lengths: list[int], batch_size: int, ranks: int, packing: bool
+) -> None:
+    # The processes share a step equally.
+    lengths = sorted(lengths * ranks)
+    picked = [(i, Example([1] * n, [1] * n)) for i, n in enumerate(lengths)]
+    config = FinetuneConfig("m", "d", "o", batch_size=batch_size, packing=packing, max_length=40)
+    shares = [forward_passes(picked, config, rank=k, ranks=ranks) for k in range(ranks)]
+
+    assert len({len(passes) for passes in shares}) == 1
+    rows = [row for passes in shares for each in passes for row in each]
+    assert sorted(i for row in rows for i, _ in row) == list(range(len(picked)))
+    for passes in shares:
+        for each in passes:
+            batch = make_batch(each, config, 0)["input_ids"]
+            assert 1 <= len(batch) <= batch_size and batch.shape[1] <= 48
+    if ranks == 1 and not packing:
+        sizes = [len(each) for each in shares[0]]
+        assert sizes[:-1] == [batch_size] * (len(sizes) - 1)

@@ -40,6 +40,7 @@ FLAGS = (
     "resume",
     "overwrite",
     "trust_remote_code",
+    "shard",
 )
 WRONG = {
     **{name: ("1", 1.0, True, [1], NAN, 1 << 70, -(1 << 70)) for name in WHOLE},
@@ -49,6 +50,7 @@ WRONG = {
     "eval_data": ("", " ", "a\0b", 3, Path("x")),
     "targets": ("", [], [""], [3], 3, None),
     "device": (3, True),
+    "timeout": ("20", True, [20.0], NAN, INFINITE, 0.0, 4.9, 1e7),
 }
 
 

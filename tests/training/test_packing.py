@@ -22,7 +22,7 @@ import minilora
 from minilora.huggingface.activation_checkpointing import gradient_checkpointing
 from minilora.huggingface.efficient import efficient_training
 from minilora.training import FinetuneConfig, Interrupted, finetune
-from minilora.training.batches import micro_batches, pick_examples
+from minilora.training.batches import forward_passes, make_batch, pick_examples
 from minilora.training.data import IGNORE, Example
 from minilora.training.loop import forward_backward, train
 from minilora.training.packing import check_packing, collate_packed, pack, without_cache
@@ -236,11 +236,11 @@ def test_packing_needs_fewer_forward_passes_and_keeps_the_steps(tiny_llama: Any)
         config = settings(packing=packing, grad_accum=2, epochs=2.0, clip=1e9)
         steps[packing] = list(train(adapted(tiny_llama()), examples, config, pad=0))
         picked = pick_examples(examples, config, 0)
-        passes = list(micro_batches(picked, config, 0))
+        passes = forward_passes(picked, config)
         assert len(passes) == (1 if packing else 2)
-        seen = sorted(i for micro, _ in passes for i, _ in micro)
+        seen = sorted(i for packed in passes for row in packed for i, _ in row)
         assert seen == sorted(i for i, _ in picked)
-        rows = [batch["input_ids"].shape for _, batch in passes]
+        rows = [make_batch(packed, config, 0)["input_ids"].shape for packed in passes]
         assert all(shape[0] <= 3 and shape[1] <= 48 for shape in rows)
 
     for padded, packed in zip(steps[False], steps[True], strict=True):
