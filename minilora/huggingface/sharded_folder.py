@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from minilora.distributed import all_or_none, load_shards, local_parts, shard
+from minilora.distributed import all_processes, load_shards, local_parts, shard
 from minilora.files.bitsandbytes import from_tensors, quantized_layers
+from minilora.files.collective import together
 from minilora.huggingface.checkpoint_files import check_all_finite, drop_pages, opened_file
 from minilora.huggingface.heap import return_freed_memory
 from minilora.huggingface.loading import (
@@ -68,8 +69,8 @@ def load_sharded(
 
     Raises:
         ValueError: what `minilora.load`, `inject` and `shard` raise; the folder is dense; the model
-            has other tensors than its files, which transformers would convert.
-        RuntimeError: another process failed.
+            has other tensors than its files, which transformers would convert. If one process
+            fails, all do; the message names it.
 
     Example:
         >>> import torch.distributed as dist
@@ -83,8 +84,9 @@ def load_sharded(
         'DTensor'
         >>> dist.destroy_process_group()
     """
+    mesh = mesh or all_processes()
     with ExitStack() as files:
-        with all_or_none(f"read {folder}"), named_errors(folder):
+        with together(mesh), named_errors(folder):
             check_is_quantized(folder)
             paths = check_weights(Path(folder))
             stored = _opened_tensors(paths, files)
@@ -92,7 +94,7 @@ def load_sharded(
             adapters = _inject(model, adapter)
             _compute_buffers(model)
         shard(model, mesh, dtype=dtype)
-        with all_or_none(f"load its shards of {folder}"), named_errors(folder):
+        with together(mesh), named_errors(folder):
             load_shards(model, _tensors(stored, names, adapters, paths))
             check_all_finite(local_parts(model))
             tokenizer = read_tokenizer(folder, False) if has_tokenizer(folder) else None

@@ -302,4 +302,4 @@ def test_no_tensor_of_a_folder_is_held_whole(two: dict[str, Any]) -> None:
 def test_an_error_of_one_process_is_raised_in_all(both: list[dict[str, Any]]) -> None:
     first, second = (process["folder"]["error"] for process in both)
     assert first.startswith("ValueError: /nowhere cannot be loaded")
-    assert second.startswith("RuntimeError: process 0 could not read")
+    assert second.startswith("ValueError: rank 0 failed: /nowhere cannot be loaded")
