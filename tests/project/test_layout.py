@@ -28,7 +28,7 @@ import minilora
 
 ROOT = sizes.ROOT
 
-CORE_LINES, CORE_CODE_LINES = 2820, 1640
+CORE_LINES, CORE_CODE_LINES = 2900, 1670
 
 # Of one fast backend; the CPU's has ways of its own for few rows of x, for many, and for thin
 # products.
@@ -324,8 +324,8 @@ SURFACE = {
         "eval_data: str | None = None, eval_every: int = 0, samples: int = 3, "
         "seed: int = 0, device: str | None = None, checkpointing: bool | None = None, "
         "log_every: int | None = None, save_every: int = 100, keep: int = 2, "
-        "resume: bool = False, overwrite: bool = False, "
-        "trust_remote_code: bool = False) -> None"
+        "resume: bool = False, overwrite: bool = False, trust_remote_code: bool = False, "
+        "shard: bool = False, timeout: float = 20.0) -> None"
     ),
     "LoRA": (
         "(in_features: int, out_features: int, r: int = 8, *, alpha: float | None = None, "

@@ -24,12 +24,14 @@ CORE = (
     "checks",
     "surgery",
     "merging",
+    "sharded",
     "ops",
 )
 
 # The same files in the order in which they import each other: each only from those before it.
-# `lora` needs nothing but PyTorch; `ops` is read last, and stands between `nf4` and the kernels.
-IMPORT_ORDER = ("lora", "ops", *CORE[1:-1])
+# `lora` and `sharded` need nothing but PyTorch; `ops` is read last, and stands between `nf4` and the
+# kernels.
+IMPORT_ORDER = ("lora", "sharded", "ops", *CORE[1:-2])
 
 REFERENCE, CPU, GPU = "kernels.reference", "kernels.cpu", "kernels.gpu"
 KERNELS = {REFERENCE, CPU, GPU}
