@@ -72,6 +72,7 @@ class NF4Linear(nn.Module):
         for name in PARTS:
             self.register_parameter(name, _to_parameter(getattr(weight, name)))
         self.register_parameter("bias", bias)
+        # Not sharded with the parts: every process has it whole.
         self.register_buffer("nf4_layout", _layout(weight))
 
     @classmethod

