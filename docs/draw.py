@@ -388,8 +388,8 @@ def pages() -> Picture:
 
 CENTRE = WIDE / 2
 SIDE_WIDTH = 156
-LEFT_SIDE = ("reports", "huggingface", "losses", "files")
-RIGHT_SIDE = ("optim", "distributed")
+LEFT_SIDE = ("reports", "huggingface", "distributed", "losses", "files")
+RIGHT_SIDE = ("optim",)
 ROW, ROW_HEIGHT, ROW_WIDTH = 52, 38, 204
 
 
@@ -402,6 +402,7 @@ DRAWABLE = {
     *pairwise(LEFT_SIDE),
     *pairwise(RIGHT_SIDE),
     *zip(LEFT_SIDE, LEFT_SIDE[2:], strict=False),
+    *zip(LEFT_SIDE, LEFT_SIDE[3:], strict=False),
 }
 
 
@@ -512,7 +513,7 @@ def draw_sides(p: Picture, panel: Panel) -> None:
     columns = ((LEFT_SIDE, 28.0, -1), (RIGHT_SIDE, WIDE - 28.0 - SIDE_WIDTH, 1))
     for names, x, side in columns:
         boxes = {
-            name: Panel(x, panel.y + 74 + 130 * i, SIDE_WIDTH, 74) for i, name in enumerate(names)
+            name: Panel(x, panel.y + 74 + 108 * i, SIDE_WIDTH, 74) for i, name in enumerate(names)
         }
         draw_side_arrows(p, panel, boxes, side)
         for name, box in boxes.items():
@@ -538,9 +539,11 @@ def draw_side_arrows(p: Picture, panel: Panel, boxes: dict[str, Panel], side: in
         if lower in arrows[upper]:
             middle = first.x + SIDE_WIDTH / 2
             p.arrow((middle, first.bottom), (middle, second.y))
-    for (upper, first), (lower, second) in zip(boxes.items(), [*boxes.items()][2:], strict=False):
+    items = [*boxes.items()]
+    apart = [(n, *pair) for n in (2, 3) for pair in zip(items, items[n:], strict=False)]
+    for n, (upper, first), (lower, second) in apart:
         if lower in arrows[upper]:
-            beside = first.x - 8
+            beside = first.x - 8 * (n - 1)
             start, end = first.y + 0.75 * first.height, second.y + 0.25 * second.height
             p.arrow((first.x, start), (beside, start), (beside, end), (second.x, end))
     for name, box in boxes.items():

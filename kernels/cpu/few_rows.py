@@ -38,7 +38,7 @@ _TILE = 64
 _BEYOND = 8
 
 # Blocks of 64 columns in one pass over a tile, if x has one row: 24 KB of x stay in an L1 cache
-# of 32 KB, and leave room for the rows of W that pass through it.
+# of 32 KB, beside the rows of W that pass through it.
 _PASS = 192
 
 # The fewest weights that are worth a thread of their own.

@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minilora.distributed.agreement import all_or_none as all_or_none
+    from minilora.distributed.sharding import all_processes as all_processes
     from minilora.distributed.sharding import load_shards as load_shards
     from minilora.distributed.sharding import local_parts as local_parts
     from minilora.distributed.sharding import repeated_blocks as repeated_blocks
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 # Name -> the module that it is imported from.
 _MODULE = {
-    "all_or_none": "agreement",
+    "all_processes": "sharding",
     "load_shards": "sharding",
     "local_parts": "sharding",
     "repeated_blocks": "sharding",
     "shard": "sharding",
 }
 
-__all__ = ["all_or_none", "load_shards", "local_parts", "repeated_blocks", "shard"]
+__all__ = ["all_processes", "load_shards", "local_parts", "repeated_blocks", "shard"]
 
 
 def __getattr__(name: str) -> Any:

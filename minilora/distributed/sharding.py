@@ -63,9 +63,9 @@ def shard(
         torch.Size([3, 64])
         >>> dist.destroy_process_group()
     """
+    mesh = mesh or all_processes()
     blocks = repeated_blocks(model)
     _check(model, blocks)
-    mesh = mesh or _all_processes()
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32)
 
     # What lies deeper comes first: a group takes the parameters that no group has taken before.
@@ -185,11 +185,6 @@ def _blocks_of(module: nn.Module) -> set[str]:
 
 def _check(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
     kind = type(model).__name__
-    if not dist.is_initialized():
-        raise ValueError(
-            "there is no process group: start the script with torchrun, and call "
-            "torch.distributed.init_process_group before shard"
-        )
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ValueError(f"{kind} is sharded already: fully_shard was called on a part of it")
     if not blocks:
@@ -209,7 +204,17 @@ def _check(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
         raise ValueError(f"parameters to be trained differ in dtype: {found}. Convert one of them")
 
 
-def _all_processes() -> DeviceMesh:
+def all_processes() -> DeviceMesh:
+    """Returns all processes in one dimension, with the device that they compute on.
+
+    Raises:
+        ValueError: there is no process group.
+    """
+    if not dist.is_initialized():
+        raise ValueError(
+            "there is no process group: start the script with torchrun, and call "
+            "torch.distributed.init_process_group before"
+        )
     accelerator = torch.accelerator.current_accelerator()
     on_cpu = accelerator is None or dist.get_backend() == dist.Backend.GLOO
     kind = "cpu" if on_cpu or accelerator is None else accelerator.type

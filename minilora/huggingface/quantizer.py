@@ -185,7 +185,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             )
 
         config = self.quantization_config
-        shared, embeddings = _tied_layers(model)
+        shared, embeddings = tied_layers(model)
         kept = embeddings | kept_in_float32(model)
         chosen = select_layers(model, config.targets, config.exclude, kept)
         check_can_be_quantized(model, chosen)
@@ -366,7 +366,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         return state_dict_of(model), {}
 
 
-def _tied_layers(model: Any) -> tuple[set[str], set[str]]:
+def tied_layers(model: Any) -> tuple[set[str], set[str]]:
     """The layers whose weight has several names, and those of them that have an embedding's.
 
     transformers ties weights when they have been read; before, there are only these names.

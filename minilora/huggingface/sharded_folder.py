@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from minilora.distributed import all_or_none, load_shards, local_parts, shard
+from minilora.distributed import all_processes, load_shards, local_parts, shard
 from minilora.files.bitsandbytes import from_tensors, quantized_layers
+from minilora.files.collective import together
 from minilora.huggingface.checkpoint_files import check_all_finite, drop_pages, opened_file
 from minilora.huggingface.heap import return_freed_memory
 from minilora.huggingface.loading import (
@@ -68,8 +69,8 @@ def load_sharded(
 
     Raises:
         ValueError: what `minilora.load`, `inject` and `shard` raise; the folder is dense; the model
-            has other tensors than its files, which transformers would convert.
-        RuntimeError: another process failed.
+            has other tensors than its files, which transformers would convert. If one process
+            fails, all do; the message names it.
 
     Example:
         >>> import torch.distributed as dist
@@ -83,8 +84,9 @@ def load_sharded(
         'DTensor'
         >>> dist.destroy_process_group()
     """
+    mesh = mesh or all_processes()
     with ExitStack() as files:
-        with all_or_none(f"read {folder}"), named_errors(folder):
+        with together(mesh), named_errors(folder):
             check_is_quantized(folder)
             paths = check_weights(Path(folder))
             stored = _opened_tensors(paths, files)
@@ -92,7 +94,7 @@ def load_sharded(
             adapters = _inject(model, adapter)
             _compute_buffers(model)
         shard(model, mesh, dtype=dtype)
-        with all_or_none(f"load its shards of {folder}"), named_errors(folder):
+        with together(mesh), named_errors(folder):
             load_shards(model, _tensors(stored, names, adapters, paths))
             check_all_finite(local_parts(model))
             tokenizer = read_tokenizer(folder, False) if has_tokenizer(folder) else None
@@ -105,8 +107,8 @@ def load_sharded(
 def check_is_quantized(folder: str | Path) -> None:
     if not is_4bit(read_config(folder, allow_4bit=True)):
         raise ValueError(
-            "it is dense: quantize it into a folder first, with minilora.load(..., "
-            "quantization_config=minilora.NF4Config()) and minilora.save_quantized"
+            "it is dense: quantize it into a folder first, in one process, with "
+            "minilora.huggingface.dense_folder.quantize_folder"
         )
 
 
@@ -128,7 +130,7 @@ def _empty_quantized(
     model.eval()
 
     layers = quantized_layers(stored)
-    names = _names_in_model(model, stored, layers)
+    names = names_in_model(model, stored, layers)
     # As transformers casts it: what a model keeps in float32 whatever its dtype.
     plan: Any = model._get_dtype_plan(model.dtype)  # type: ignore[operator]
     kept = [pattern for pattern, kind in plan.items() if kind == torch.float32]
@@ -146,7 +148,7 @@ def _empty_quantized(
     return model, names
 
 
-def _names_in_model(model: Any, stored: Iterable[str], layers: Collection[str]) -> dict[str, str]:
+def names_in_model(model: Any, stored: Iterable[str], layers: Collection[str]) -> dict[str, str]:
     """Stored name -> the model's, of all tensors but the parts of 4-bit weights."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

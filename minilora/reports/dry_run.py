@@ -9,8 +9,9 @@ from minilora.huggingface.base_model import check_not_4bit
 from minilora.huggingface.bundled import DEMO_MODEL, bundled_model_folder
 from minilora.huggingface.model_folder import is_4bit, read_config
 from minilora.huggingface.provenance import decide_quantize
-from minilora.reports.largest_batch import LENGTHS, RANKS, fit, parse_memory
-from minilora.reports.planning import named_model, plan
+from minilora.reports.largest_batch import LENGTHS, RANKS, Fit, fit, parse_memory
+from minilora.reports.planning import Plan, named_model, plan
+from minilora.reports.several_gpus import check_gpus
 from minilora.reports.shapes import is_shape, suggesting_shapes
 
 
@@ -32,8 +33,13 @@ class DryRun:
         checkpointing: Gradient checkpointing: less memory, more time, the same results (default:
             on for a quantized model).
         dropout: Dropout probability on the adapters' input.
+        grad_accum: Number of forward passes per optimizer step (gradient accumulation).
         gpu: Memory of a GPU, such as 24GB: show the largest batch size that fits, for several
             ranks, and for several lengths or the given one.
+        gpus: Number of GPUs: show what each of them holds and sends per step, with DDP and with
+            FSDP2; --batch-size is that of each GPU.
+        bandwidth: Bytes per second that each GPU sends, such as 25GB: with --gpus, show how long
+            sending takes and, with a batch, what computation hides of it.
         trust_remote_code: Allow code in the model's folder to be executed.
 
     Example:
@@ -52,12 +58,20 @@ class DryRun:
     length: int | None = None
     checkpointing: bool | None = None
     dropout: float = 0.0
+    grad_accum: int = 1
     gpu: str | None = None
+    gpus: int | None = None
+    bandwidth: str | None = None
     trust_remote_code: bool = False
 
     def __str__(self) -> str:
-        """Raises ValueError for what `plan` does, and if `gpu` is not an amount of memory."""
+        """Raises ValueError for what `plan` does, and for GPUs that cannot be."""
         memory = None if self.gpu is None else parse_memory(self.gpu)
+        bandwidth = None if self.bandwidth is None else parse_memory(self.bandwidth)
+        if self.gpus is not None:
+            check_gpus(self.gpus)
+        elif bandwidth is not None:
+            raise ValueError("a bandwidth without a number of GPUs: give gpus (--gpus) as well")
         source = bundled_model_folder() if self.model == DEMO_MODEL else self.model
         contents = self._config(source)
         stored = is_4bit(contents)
@@ -71,20 +85,35 @@ class DryRun:
             "quantize": "all-linear" if quantized and not stored else False,
             "checkpointing": self.checkpointing,
             "dropout": self.dropout,
+            "grad_accum": self.grad_accum,
         }
 
         # With a GPU, a length alone asks what fits.
         alone = memory is not None and self.batch_size is None
         length = None if alone else self.length
         planned = plan(empty, self.r, batch_size=self.batch_size, length=length, **options)
-        shown = str(replace(planned, model=name))
-        if memory is None:
-            return shown
+        shown = [str(replace(planned, model=name))]
+        if self.gpus is not None:
+            shown.append(str(planned.on_gpus(self.gpus).table(bandwidth)))
+        if memory is not None:
+            lengths = LENGTHS if self.length is None else [self.length]
+            ranks = sorted({self.r, *RANKS})
+            options |= {"batch_size": 1, "length": lengths[0]}
+            plans = [plan(empty, rank, **options) for rank in ranks]
+            shown += map(str, self._fits(plans, memory, lengths))
+        return "\n".join(shown)
 
-        lengths = LENGTHS if self.length is None else [self.length]
-        ranks = sorted({self.r, *RANKS})
-        plans = [plan(empty, rank, batch_size=1, length=lengths[0], **options) for rank in ranks]
-        return f"{shown}\n{fit(plans, memory, lengths)}"
+    def _fits(self, plans: Sequence[Plan], memory: int, lengths: Sequence[int]) -> list[Fit]:
+        """What fits one GPU; or each of several, for each way to use them."""
+        if self.gpus is None:
+            return [fit(plans, memory, lengths)]
+        ways: dict[str, list[Plan]] = {"DDP": [], "FSDP2": []}
+        for one in plans:
+            found = one.on_gpus(self.gpus)
+            ways["DDP"].append(replace(one, run=found.ddp.run))
+            ways["FSDP2"].append(replace(one, run=found.sharded.run))
+        each = f"on each of {self.gpus} GPUs"
+        return [fit(runs, memory, lengths, f"{way}, {each}: ") for way, runs in ways.items()]
 
     def _config(self, source: Any) -> dict[str, Any]:
         """The contents of the model's config.json; {} for a shape."""

@@ -74,12 +74,14 @@ class Fit:
         smallest: bytes that the smallest of the runs needs with a single sequence.
         batches: (rank, length) -> the largest batch size; 0 where not even one sequence fits.
         checkpointing: whether this is with gradient checkpointing.
+        where: what the title begins with.
     """
 
     memory: int
     smallest: int
     batches: dict[tuple[int, int], int]
     checkpointing: bool
+    where: str = ""
 
     def table(self) -> Table:
         """One row per rank, one column per length."""
@@ -91,7 +93,8 @@ class Fit:
             rows.append((f"r={r}", *map(_shown, batches)))
 
         how = "with" if self.checkpointing else "without"
-        title = f"largest batch size in {format_bytes(self.memory)}, {how} gradient checkpointing"
+        size = f"largest batch size in {format_bytes(self.memory)}"
+        title = f"{self.where}{size}, {how} gradient checkpointing"
         below = [f"{format_bytes(RESERVED)} of it is kept for the GPU's context and fragmentation"]
         if not any(self.batches.values()):
             needed = format_bytes(self.smallest + RESERVED)
@@ -111,13 +114,16 @@ def _shown(batch: int) -> str:
     return str(batch) if batch else "-"
 
 
-def fit(plans: Sequence[Plan], memory: int, lengths: Sequence[int] = LENGTHS) -> Fit:
+def fit(
+    plans: Sequence[Plan], memory: int, lengths: Sequence[int] = LENGTHS, where: str = ""
+) -> Fit:
     """Returns the largest batch for each rank and length.
 
     Args:
         plans: one for each rank, with any batch.
         memory: bytes of the GPU, of which `RESERVED` are left free.
         lengths: tokens per sequence.
+        where: what the title begins with.
 
     Raises:
         ValueError: a plan has no batch.
@@ -132,4 +138,4 @@ def fit(plans: Sequence[Plan], memory: int, lengths: Sequence[int] = LENGTHS) ->
             batches[plan.r, length] = largest_batch(single, memory - RESERVED)
             smallest.append(single.peak()[1])
     checkpointing = all(plan.run and plan.run.batch.checkpointing for plan in plans)
-    return Fit(memory, min(smallest), batches, checkpointing)
+    return Fit(memory, min(smallest), batches, checkpointing, where)

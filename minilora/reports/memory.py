@@ -262,6 +262,7 @@ class Run:
         loading: bytes of what is there while the model is loaded, by kind.
         decoder, adapters, batch: what the activations follow from.
         accumulate: whether gradients of earlier batches are there in every phase.
+        gathered: bytes of what several GPUs share and each has whole while it computes.
     """
 
     held: Mapping[str, int]
@@ -271,6 +272,7 @@ class Run:
     adapters: Adapters
     batch: Batch
     accumulate: bool = False
+    gathered: int = 0
 
     def phases(self) -> dict[str, dict[str, int]]:
         """Returns phase -> kind -> bytes alive when the phase needs the most."""
@@ -291,7 +293,8 @@ class Run:
         }
         for name, kinds in found.items():
             held = {} if name == "loading" else self.held
-            found[name] = present({**held, **kinds})
+            gathered = self.gathered if name in ("loss", "backward") else 0
+            found[name] = present({**held, "gathered": gathered, **kinds})
         return found
 
     def peak(self) -> tuple[str, int]:

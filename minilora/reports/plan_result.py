@@ -1,11 +1,13 @@
 """What a plan says, and how it looks: the result of `plan`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from minilora.reports.formatting import format_bytes
 from minilora.reports.memory import Run, dense_lora, full_finetuning, present, total
+from minilora.reports.parameter_groups import Groups
 from minilora.reports.pictures import stacked_bar
+from minilora.reports.several_gpus import SeveralGPUs, on_several_gpus
 from minilora.reports.tables import Table, group_layers
 
 
@@ -45,6 +47,8 @@ class Plan:
             "gradients", "optimizer" (AdamW's two states). With a batch also "activations" and
             "logits", each at its largest.
         run: with a batch: what each phase of the run needs.
+        groups: the parameters, as several GPUs divide and gather them.
+        grad_accum: number of forward passes per step.
     """
 
     model: str
@@ -57,6 +61,8 @@ class Plan:
     trainable: int
     bytes: dict[str, int]
     run: Run | None = None
+    groups: Groups = field(default_factory=Groups)
+    grad_accum: int = 1
 
     @property
     def total_bytes(self) -> int:
@@ -96,6 +102,19 @@ class Plan:
             for kind in ("activations", "logits")
         }
         return replace(self, bytes={**self.bytes, **most}, run=run)
+
+    def on_gpus(self, gpus: int) -> SeveralGPUs:
+        """Returns what each of several GPUs holds and sends, with DDP and with FSDP2.
+
+        The batch, if the plan has one, is that of each GPU. Raises ValueError if `gpus` is out of
+        range.
+
+        Example:
+            >>> found = minilora.plan("llama-3.2-1b", r=16).on_gpus(2)
+            >>> found.ddp.traffic.total, found.sharded.traffic.total
+            (45088768, 832416640)
+        """
+        return on_several_gpus(self.groups, gpus, self.grad_accum, self.run)
 
     def table(self) -> Table:
         """One row per name and size."""

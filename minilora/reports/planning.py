@@ -19,6 +19,7 @@ from minilora.nf4 import check_format
 from minilora.reports.decoders import read_adapters, read_decoder
 from minilora.reports.memory import READ_WINDOW, Batch, Run
 from minilora.reports.memory import nf4_bytes as nf4_bytes
+from minilora.reports.parameter_groups import Change, read_groups
 from minilora.reports.plan_result import Plan as Plan
 from minilora.reports.plan_result import Row as Row
 from minilora.reports.shapes import is_shape, shape_config, suggesting_shapes
@@ -119,7 +120,8 @@ def plan(
     to_quantize = _layers_to_quantize(model, quantized_targets, exclude)
     in_nf4 = to_quantize | _quantized_layers(model)
     named = select_parameters(model, train_also)
-    also = list({id(p): p for p in named.values()}.values())
+    # A tied parameter has several names.
+    also = {id(p): path for path, p in named.items()}.values()
 
     base_bytes = _base_bytes(adapted | in_nf4, in_nf4.keys(), block_size, double_quant)
     rows = tuple(
@@ -127,13 +129,14 @@ def plan(
         for path, layer in adapted.items()
     )
     adapter_parameters = sum(row.adapter_parameters for row in rows)
-    gradients = 4 * adapter_parameters + sum(p.nbytes for p in also)
+    gradients = 4 * adapter_parameters + sum(named[path].nbytes for path in also)
     # What is trained whole has a copy beside the base's.
-    dense = sum(p.nbytes for p in model.parameters()) + sum(p.nbytes for p in also)
+    dense = sum(p.nbytes for p in model.parameters()) + sum(named[path].nbytes for path in also)
     dense -= sum(layer.weight.nbytes for layer in in_nf4.values())
 
     warn_of_unreached(model, targets, strict, "quantized or adapted", stacklevel=3)
 
+    change = Change(in_nf4.keys(), block_size, double_quant, ranks, lora_bias, tuple(also))
     found = Plan(
         model=name,
         r=r,
@@ -142,7 +145,7 @@ def plan(
         left_out=tuple(path for path in linear_layers(model) if path not in adapted),
         unreached=sum(p.numel() for p in unreached_matrices(model).values()),
         parameters=_count_parameters(model),
-        trainable=adapter_parameters + sum(p.numel() for p in also),
+        trainable=adapter_parameters + sum(named[path].numel() for path in also),
         bytes={
             "quantized": sum(base_bytes[path] for path in in_nf4),
             "dense": dense,
@@ -150,6 +153,8 @@ def plan(
             "gradients": gradients,
             "optimizer": 2 * gradients,
         },
+        groups=read_groups(model, change),
+        grad_accum=grad_accum,
     )
     batch = _batch(model, batch_size, length, checkpointing, bool(in_nf4), dropout, efficient)
     if batch is None:

@@ -29,6 +29,8 @@ llama-2-70b   llama      8192  28672     80     64      8      -   32000    no
 # meta-llama/Meta-Llama-3-8B, -70B
 llama-3-8b    llama      4096  14336     32     32      8      -  128256    no
 llama-3-70b   llama      8192  28672     80     64      8      -  128256    no
+# meta-llama/Llama-3.1-405B
+llama-3.1-405b llama    16384  53248    126    128      8      -  128256    no
 # meta-llama/Llama-3.2-1B, -3B
 llama-3.2-1b  llama      2048   8192     16     32      8     64  128256   yes
 llama-3.2-3b  llama      3072   8192     28     24      8    128  128256   yes

@@ -5,7 +5,8 @@
 The model has SmolLM2-135M's shape and random weights, in NF4 with adapters; every side computes the
 same global batch, and its loss in chunks of tokens. The sides take turns, each measurement is a
 process group of its own, and nothing is reported unless the losses agree. `plain` is `fully_shard`
-and torch.optim.AdamW as they come; `shard` is `minilora.distributed.shard` and PagedAdamW.
+and torch.optim.AdamW as they come; `shard` is `minilora.distributed.shard` and PagedAdamW. With
+`taskset -c 0` all processes share one core, which compares the work that they do.
 
 Loading: bytes of the base in each of four processes, and the peak of their anonymous memory while
 they load, against one process.
@@ -227,12 +228,13 @@ def run(side: str, size: int, threads: int, *options: str) -> dict[str, Any]:
     return found
 
 
-def compare_steps(rounds: int, steps: int) -> None:
+def compare_steps(rounds: int, steps: int, cores: int) -> None:
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for turn in range(rounds):
         for side in [*SIDES][:: -1 if turn % 2 else 1]:
             size = SIDES[side]
-            found[side].append(run(side, size, 2 // size, "--steps", str(steps)))
+            threads = max(1, cores // size)
+            found[side].append(run(side, size, threads, "--steps", str(steps)))
 
     expected = found["one"][0]["losses"]
     for side, results in found.items():
@@ -288,7 +290,7 @@ def main() -> None:
         measure(arguments)
         return
     compare_loading()
-    compare_steps(arguments.rounds, arguments.steps)
+    compare_steps(arguments.rounds, arguments.steps, len(os.sched_getaffinity(0)))
 
 
 if __name__ == "__main__":

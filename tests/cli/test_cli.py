@@ -111,7 +111,8 @@ def flags(command: str) -> list[str]:
         (
             "plan",
             "--model --r --targets --quantize --no-quantize --batch-size --length --checkpointing "
-            "--no-checkpointing --dropout --gpu --trust-remote-code --no-trust-remote-code",
+            "--no-checkpointing --dropout --grad-accum --gpu --gpus --bandwidth "
+            "--trust-remote-code --no-trust-remote-code",
         ),
     ],
 )

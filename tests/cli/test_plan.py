@@ -12,7 +12,7 @@ from transformers_folders import store_in_4bit
 import minilora
 from minilora.cli import app
 from minilora.reports.formatting import format_bytes
-from minilora.reports.largest_batch import LENGTHS, RANKS
+from minilora.reports.largest_batch import LENGTHS, RANKS, RESERVED
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
@@ -76,10 +76,41 @@ def test_a_length_alone_is_for_the_gpu(capsys: pytest.CaptureFixture[str]) -> No
         run(capsys, "--model", "smollm2-135m", "--length", 256)
 
 
+def test_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    batch = ["--batch-size", 1, "--length", 64, "--grad-accum", 2]
+    said = run(capsys, "--model", "smollm2-135m", *batch, "--gpus", 4, "--bandwidth", "10GB")
+    plan = minilora.plan("smollm2-135m", 16, batch_size=1, length=64, grad_accum=2)
+    assert said == f"{plan}\n{plan.on_gpus(4).table(10**10)}\n"
+    assert "4 GPUs, 1 x 64 tokens per forward pass on each" in said
+    assert "hidden up to" in said and "at 10.00 GB per second" in said
+
+
+def test_what_fits_each_of_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    memory = 1_300_000_000
+    said = run(capsys, "--model", "smollm2-135m", "--gpus", 2, "--gpu", "1.3GB", "--length", 512)
+    assert "2 GPUs\n" in said and "total: plus activations" in said
+    found = [
+        [int(size) for size in re.findall(r"^  r=16 +(\d+)$", table, re.MULTILINE)]
+        for table in re.split("on each of 2 GPUs: largest batch size in 1.30 GB", said)[1:]
+    ]
+    (ddp,), (sharded,) = found
+    for size, name in ((ddp, "ddp"), (sharded, "sharded")):
+        needed = []
+        for n in (size, size + 1):
+            plan = minilora.plan("smollm2-135m", 16, batch_size=n, length=512)
+            share = getattr(plan.on_gpus(2), name)
+            needed.append(sum(share.memory.values()) + RESERVED)
+        assert needed[0] <= memory < needed[1], name
+
+
 def test_errors_come_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="'lots' is not an amount of memory"):
         run(capsys, "--model", "no-such-model", "--gpu", "lots")
     with pytest.raises(ValueError, match="length=0"):
         run(capsys, "--model", "smollm2-135m", "--gpu", "2GB", "--length", 0)
+    with pytest.raises(ValueError, match="gpus=0: must be"):
+        run(capsys, "--model", "no-such-model", "--gpus", 0)
+    with pytest.raises(ValueError, match=r"bandwidth without .* \(--gpus\)"):
+        run(capsys, "--model", "no-such-model", "--bandwidth", "10GB")
     with pytest.raises(ValueError, match=r"did you mean llama-65b"):
         run(capsys, "--model", "llama-66b")

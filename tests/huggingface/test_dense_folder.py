@@ -1,0 +1,56 @@
+"""A dense folder that is quantized file by file is what loading and saving it makes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import same_bits
+
+import minilora
+from minilora.files.tensors import read_tensors
+
+pytest.importorskip("transformers", reason="the folders are those of transformers models")
+
+
+def tensors_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= read_tensors(path)[0]
+    return found
+
+
+@pytest.mark.parametrize("size", ["1GB", "100KB"], ids=["one file", "several"])
+def test_the_tensors_are_those_of_loading_and_saving(
+    size: str, folder: Path, tmp_path: Path
+) -> None:
+    from minilora.huggingface.dense_folder import quantize_folder
+
+    model, tokenizer = minilora.load(folder)
+    dense = tmp_path / "dense"
+    model.save_pretrained(dense, max_shard_size=size)
+    tokenizer.save_pretrained(dense)
+    files = {path.name for path in dense.glob("*.safetensors")}
+    assert (len(files) > 1) == (size == "100KB")
+
+    found = quantize_folder(dense, tmp_path / "found")
+    whole, _ = minilora.load(dense, quantization_config=minilora.NF4Config())
+    expected = minilora.save_quantized(whole, tmp_path / "expected")
+    tensors, theirs = tensors_of(found), tensors_of(expected)
+    assert tensors.keys() == theirs.keys()
+    assert [name for name, t in tensors.items() if not same_bits(t, theirs[name])] == []
+    assert {path.name for path in found.glob("*.safetensors")} == files
+
+    configs = [json.loads((at / "config.json").read_text()) for at in (found, expected)]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    again, its_tokenizer = minilora.load(found)
+    assert its_tokenizer is not None
+    assert all(same_bits(t, whole.state_dict()[name]) for name, t in again.state_dict().items())
+
+
+def test_an_existing_target_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    from minilora.huggingface.dense_folder import quantize_folder
+
+    with pytest.raises(ValueError, match=r"exists: choose another folder, or remove it"):
+        quantize_folder(folder, tmp_path)
+    assert list(tmp_path.iterdir()) == []
