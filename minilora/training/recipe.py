@@ -34,7 +34,7 @@ from minilora.training.packing import check_packing
 from minilora.training.progress import announce
 from minilora.training.report import write_report
 from minilora.training.restart import after_restart
-from minilora.training.result import Result
+from minilora.training.result import ReleasedModel, Result
 from minilora.training.run_state import METRICS, RunState
 from minilora.training.samples import Sample, pick_questions
 from minilora.training.tensorboard import find_tensorboard, write_events
@@ -179,6 +179,9 @@ def _finetune(config: FinetuneConfig, processes: Processes) -> Result:
     result = Result(model, tokenizer, out, before, after, history, samples, best_step)
     processes.on_first("the report is written", lambda: write_report(result, config, header))
     checkpoints.remove()
+    if config.shard:
+        # Kept beyond the end of the process group, it would abort the process at its exit.
+        result.model = ReleasedModel(out)
     return result
 
 

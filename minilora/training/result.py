@@ -19,12 +19,29 @@ LOSS = "loss (nats per completion token)"
 WIDTH = 80
 
 
+class ReleasedModel(nn.Module):
+    """In place of a model whose shards are gone with the processes that held them.
+
+    Its forward raises ValueError, which says where the adapter is.
+    """
+
+    def __init__(self, out: Path) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise ValueError(
+            "the model of a sharded run is released at its end: load the base, and "
+            f"minilora.load_adapter(model, {shown(self.out)!r})"
+        )
+
+
 @dataclass(repr=False)
 class Result:
     """The result of a run. It prints as a table with the sample answers; a notebook adds a plot.
 
     Attributes:
-        model: the trained model.
+        model: the trained model; of a sharded run a `ReleasedModel`.
         tokenizer: its tokenizer.
         out: the output folder.
         eval_before: loss (nats per completion token) on the hold-out before training; None: no

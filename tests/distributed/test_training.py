@@ -15,6 +15,7 @@ from processes import run
 
 from minilora.training import FinetuneConfig, Interrupted, finetune, loop
 from minilora.training.one_of_many import check_processes
+from minilora.training.result import ReleasedModel
 
 SETTINGS: dict[str, Any] = {
     "lr": 1e-3,
@@ -190,3 +191,8 @@ def test_what_the_processes_cannot_share_is_refused(
     check_processes(config, 4)
     with pytest.raises(ValueError, match=r"shard=True needs several processes"):
         finetune(FinetuneConfig(**settings("refused", shard=True)))
+
+
+def test_the_model_of_a_sharded_run_says_that_it_is_released() -> None:
+    with pytest.raises(ValueError, match=r"released at its end: .*load_adapter\(model, 'runs/a'\)"):
+        ReleasedModel(Path("runs/a"))(torch.zeros(1))
