@@ -23,6 +23,7 @@ CORE = {
     "checks": "what is refused first",
     "surgery": "quantize, inject, eject",
     "merging": "W + s B A, what is kept",
+    "sharded": "parts of a parameter",
     "ops": "PyTorch's dispatcher",
 }
 

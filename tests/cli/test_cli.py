@@ -84,13 +84,13 @@ def flags(command: str) -> list[str]:
         ("demo", "task --out --seed --steps"),
         (
             "finetune",
-            "--model --data --out --r --alpha --targets --dropout --lr --steps --epochs "
+            "--model --data --out --r --rank --alpha --targets --dropout --lr --steps --epochs "
             "--batch-size --grad-accum --max-length --packing --no-packing --group-by-length "
             "--no-group-by-length --weight-decay --clip --quantize --no-quantize "
             "--learn-prompt --no-learn-prompt --eval-fraction --eval-data --eval-every --samples "
             "--seed --device --checkpointing --no-checkpointing --log-every --save-every --keep "
             "--resume --no-resume --overwrite --no-overwrite --trust-remote-code "
-            "--no-trust-remote-code",
+            "--no-trust-remote-code --shard --no-shard --timeout",
         ),
         (
             "generate",
@@ -110,7 +110,7 @@ def flags(command: str) -> list[str]:
         ),
         (
             "plan",
-            "--model --r --targets --quantize --no-quantize --batch-size --length --checkpointing "
+            "--model --r --rank --targets --quantize --no-quantize --batch-size --length --checkpointing "
             "--no-checkpointing --dropout --grad-accum --gpu --gpus --bandwidth "
             "--trust-remote-code --no-trust-remote-code",
         ),

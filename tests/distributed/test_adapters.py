@@ -203,6 +203,7 @@ def test_two_processes_save_the_bytes_of_one(folder: Path, found: list[Any]) -> 
     ]
 
 
+@pytest.mark.soak
 def test_four_processes_save_the_bytes_of_one(folder: Path, tmp_path: Path) -> None:
     run(4, save_quantized, tmp_path)
     assert same_files(tmp_path / "0", folder / "True")

@@ -41,7 +41,8 @@ def measured_and_planned(rank: int, grad_accum: int) -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_each_process_sends_what_is_planned(ranks: int) -> None:
     for found in run(ranks, measured_and_planned, 2):
         for way, (sent, total, on_gloo) in found.items():

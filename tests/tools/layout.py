@@ -29,8 +29,7 @@ CORE = (
 )
 
 # The same files in the order in which they import each other: each only from those before it.
-# `lora` and `sharded` need nothing but PyTorch; `ops` is read last, and stands between `nf4` and the
-# kernels.
+# `lora` and `sharded` need nothing but PyTorch; `ops` stands between `nf4` and the kernels.
 IMPORT_ORDER = ("lora", "sharded", "ops", *CORE[1:-2])
 
 REFERENCE, CPU, GPU = "kernels.reference", "kernels.cpu", "kernels.gpu"
