@@ -110,8 +110,8 @@ def flags(command: str) -> list[str]:
         ),
         (
             "plan",
-            "--model --r --rank --targets --quantize --no-quantize --batch-size --length --checkpointing "
-            "--no-checkpointing --dropout --grad-accum --gpu --gpus --bandwidth "
+            "--model --r --rank --targets --quantize --no-quantize --batch-size --length "
+            "--checkpointing --no-checkpointing --dropout --grad-accum --gpu --gpus --bandwidth "
             "--trust-remote-code --no-trust-remote-code",
         ),
     ],
