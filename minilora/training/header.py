@@ -64,6 +64,23 @@ def describe_run(
     }
 
 
+def describe_processes(config: FinetuneConfig, plan: Plan, count: int) -> dict[str, str]:
+    """Returns what each of several processes has of a step and of the model; {} for one alone.
+
+    Args:
+        config, plan: see `describe_run`.
+        count: number of processes.
+    """
+    if count == 1:
+        return {}
+    share = _counted(config.batch_size * config.grad_accum // count, "example")
+    part = "the whole model (DDP)"
+    if config.shard:
+        held = sum(plan.on_gpus(count).sharded.held.values())
+        part = f"a part of the model (FSDP2): {format_bytes(held)} of memory with what it gathers"
+    return {"processes": f"{count}, each with {share} of a step and {part}"}
+
+
 def _counted(n: int, what: str) -> str:
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 

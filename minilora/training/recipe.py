@@ -24,7 +24,13 @@ from minilora.training.callbacks import run_with, show_progress, write_metrics
 from minilora.training.checkpoint_manager import CheckpointManager
 from minilora.training.config import FinetuneConfig
 from minilora.training.evaluation import HoldOut, check_hold_out, evaluated, timed
-from minilora.training.header import describe_run, describe_time, print_header, where_to_watch
+from minilora.training.header import (
+    describe_processes,
+    describe_run,
+    describe_time,
+    print_header,
+    where_to_watch,
+)
 from minilora.training.hold_out import encode_data, read_data
 from minilora.training.lock import hold_folder
 from minilora.training.loop import make_optimizer, train
@@ -130,6 +136,7 @@ def _finetune(config: FinetuneConfig, processes: Processes) -> Result:
         history = checkpoints.restore(model, optimizer)
 
         header = describe_run(config, planned, training, held_out)
+        header |= describe_processes(config, planned, processes.size)
         print_header(header | where_to_watch(out, tensorboard))
         if (explanation := explain_loss(model)) is not None:
             announce(explanation)

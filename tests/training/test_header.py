@@ -10,7 +10,13 @@ from torch import nn
 from minilora.reports.planning import plan
 from minilora.training import FinetuneConfig
 from minilora.training.data import Example
-from minilora.training.header import describe_run, describe_time, print_header, where_to_watch
+from minilora.training.header import (
+    describe_processes,
+    describe_run,
+    describe_time,
+    print_header,
+    where_to_watch,
+)
 from minilora.training.tensorboard import EventFormat
 
 
@@ -36,6 +42,20 @@ def test_the_header_says_what_is_trained_on_what_and_in_how_much_memory() -> Non
             "672 B for weights, adapters, gradients and optimizer states (the base: 160 B), "
             "plus activations"
         ),
+    }
+
+
+def test_the_header_says_what_each_of_several_processes_has() -> None:
+    planned = plan(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 2, quantize=False)
+    assert describe_processes(configure(), planned, 1) == {}
+    assert describe_processes(configure(), planned, 4) == {
+        "processes": "4, each with 2 examples of a step and the whole model (DDP)"
+    }
+    # A quarter of 672 B; 64 B more, because A has two rows, which are padded to four; and 352 B
+    # of what is whole while it is needed, as the plan says.
+    assert describe_processes(configure(shard=True), planned, 4) == {
+        "processes": "4, each with 2 examples of a step and a part of the model (FSDP2): 584 B of "
+        "memory with what it gathers"
     }
 
 
