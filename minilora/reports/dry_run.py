@@ -67,7 +67,9 @@ class DryRun:
     def __str__(self) -> str:
         """Raises ValueError for what `plan` does, and for GPUs that cannot be."""
         memory = None if self.gpu is None else parse_memory(self.gpu)
-        bandwidth = None if self.bandwidth is None else parse_memory(self.bandwidth)
+        bandwidth = None
+        if self.bandwidth is not None:
+            bandwidth = parse_memory(self.bandwidth, "bandwidth")
         if self.gpus is not None:
             check_gpus(self.gpus)
         elif bandwidth is not None:

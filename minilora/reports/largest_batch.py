@@ -28,8 +28,12 @@ _UNITS = {
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?) ?([GM]i?B)?", re.ASCII | re.IGNORECASE)
 
 
-def parse_memory(text: str) -> int:
+def parse_memory(text: str, name: str = "gpu") -> int:
     """Returns the bytes of an amount of memory: "24GB", "24 GiB", "80" (GB).
+
+    Args:
+        text: the amount.
+        name: what error messages call it.
 
     Raises:
         ValueError: it is not an amount of memory.
@@ -42,7 +46,7 @@ def parse_memory(text: str) -> int:
     unit = (found[2] or "GB").upper() if found else "GB"
     size = float(found[1]) * _UNITS[unit] if found else 0.0
     if not 0 < size < 1e15:
-        raise ValueError(f"{text!r} is not an amount of memory: write 24GB or 24GiB")
+        raise ValueError(f"{name}={text!r} is not an amount of memory: write 24GB or 24GiB")
     return round(size)
 
 

@@ -104,8 +104,10 @@ def test_what_fits_each_of_several_gpus(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_errors_come_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="'lots' is not an amount of memory"):
-        run(capsys, "--model", "no-such-model", "--gpu", "lots")
+    for option in ("gpu", "bandwidth"):
+        for text in ("lots", ""):
+            with pytest.raises(ValueError, match=f"{option}='{text}' is not an amount of memory"):
+                run(capsys, "--model", "no-such-model", f"--{option}", text)
     with pytest.raises(ValueError, match="length=0"):
         run(capsys, "--model", "smollm2-135m", "--gpu", "2GB", "--length", 0)
     with pytest.raises(ValueError, match="gpus=0: must be"):
