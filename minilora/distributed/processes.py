@@ -282,10 +282,12 @@ def _join(timeout: float) -> Processes:
     limit = timedelta(seconds=timeout)
     try:
         found, rank, size = next(rendezvous("env://", timeout=limit))
-        store = PrefixStore(f"minilora/{next(_groups)}", found)
+        # torchrun's store may outlive the processes, with what those before a restart have said.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"minilora/{start}/{next(_groups)}", found)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    except dist.DistError as error:
+    except RuntimeError as error:
         raise ProcessError(
             f"the {count_processes()} processes did not meet within {timeout:g} s: {error}"
         ) from error
