@@ -177,7 +177,7 @@ def _rank(folder: Path, rank: int, function: Callable[..., Any], call: dict[str,
         else:
             result = function(rank, *call["args"])
         _result(folder, rank).write_text(json.dumps(result))
-    except BaseException:
+    except Exception:
         traceback.print_exc()
         return 1
     return 0
@@ -197,6 +197,10 @@ def _in_group(
     )
     try:
         return function(rank, *args)
+    except BaseException:
+        # Before the group ends: the others fail when it does, and this process is killed with them.
+        traceback.print_exc()
+        raise SystemExit(1) from None
     finally:
         # What holds a communicator goes first: the other way round, gloo aborts at exit.
         gc.collect()
