@@ -77,7 +77,7 @@ def describe_processes(config: FinetuneConfig, plan: Plan, count: int) -> dict[s
     part = "the whole model (DDP)"
     if config.shard:
         held = sum(plan.on_gpus(count).sharded.held.values())
-        part = f"a part of the model (FSDP2): {format_bytes(held)} of memory with what it gathers"
+        part = f"a part of the model (FSDP2): {format_bytes(held)}, including what it gathers"
     return {"processes": f"{count}, each with {share} of a step and {part}"}
 
 

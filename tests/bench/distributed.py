@@ -29,21 +29,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from step import SHAPE
 from torch import Tensor, nn
 
 import minilora
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-    "use_cache": False,
-}
 BATCH, LENGTH, RANK = 8, 128, 16
 SIDES = {"one": 1, "ddp": 2, "plain": 2, "shard": 2}
 
@@ -65,7 +56,7 @@ def dense_model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE, use_cache=False)).to(torch.bfloat16)
 
 
 def prepared(side: str) -> tuple[nn.Module, Any]:

@@ -54,8 +54,8 @@ def test_the_header_says_what_each_of_several_processes_has() -> None:
     # A quarter of 672 B; 64 B more, because A has two rows, which are padded to four; and 352 B
     # of what is whole while it is needed, as the plan says.
     assert describe_processes(configure(shard=True), planned, 4) == {
-        "processes": "4, each with 2 examples of a step and a part of the model (FSDP2): 584 B of "
-        "memory with what it gathers"
+        "processes": "4, each with 2 examples of a step and a part of the model (FSDP2): 584 B, "
+        "including what it gathers"
     }
 
 
