@@ -204,8 +204,12 @@ def _check(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
         raise ValueError(f"parameters to be trained differ in dtype: {found}. Convert one of them")
 
 
-def all_processes() -> DeviceMesh:
+def all_processes(device_type: str | None = None) -> DeviceMesh:
     """Returns all processes in one dimension, with the device that they compute on.
+
+    Args:
+        device_type: "cpu", "cuda" or another. Default: the CPU if they communicate through gloo,
+            the accelerator otherwise.
 
     Raises:
         ValueError: there is no process group.
@@ -215,7 +219,8 @@ def all_processes() -> DeviceMesh:
             "there is no process group: start the script with torchrun, and call "
             "torch.distributed.init_process_group before"
         )
-    accelerator = torch.accelerator.current_accelerator()
-    on_cpu = accelerator is None or dist.get_backend() == dist.Backend.GLOO
-    kind = "cpu" if on_cpu or accelerator is None else accelerator.type
-    return init_device_mesh(kind, (dist.get_world_size(),))
+    if device_type is None:
+        accelerator = torch.accelerator.current_accelerator()
+        on_cpu = accelerator is None or dist.get_backend() == dist.Backend.GLOO
+        device_type = "cpu" if on_cpu or accelerator is None else accelerator.type
+    return init_device_mesh(device_type, (dist.get_world_size(),))

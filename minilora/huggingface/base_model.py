@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from minilora.huggingface.bundled import DEMO_MODEL, bundled_model_folder
-from minilora.huggingface.loading import best_dtype, load_dense
+from minilora.huggingface.loading import best_dtype, load_dense, named_errors
 from minilora.huggingface.model_folder import is_4bit, read_config
 from minilora.huggingface.pretrained import read_pretrained
+
+# What a model consists of on the hub: no code, and no weights that are pickled.
+_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"]
 
 
 def stored_in_4bit(source: str | Path, *, trust_remote_code: bool = False) -> bool:
@@ -24,6 +27,26 @@ def stored_in_4bit(source: str | Path, *, trust_remote_code: bool = False) -> bo
     """
     path = bundled_model_folder() if str(source) == DEMO_MODEL else source
     return is_4bit(read_config(path, trust_remote_code, allow_4bit=True))
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder of a model on this machine; the files of a hub id are downloaded first.
+
+    Args:
+        source: a folder, a hub id, or "smollm2", the bundled demo model.
+
+    Raises:
+        ValueError: they could not be downloaded.
+    """
+    if str(source) == DEMO_MODEL:
+        return bundled_model_folder()
+    if Path(source).is_dir():
+        return Path(source)
+
+    from huggingface_hub import snapshot_download
+
+    with named_errors(source):
+        return Path(snapshot_download(str(source), allow_patterns=_FILES))
 
 
 def check_not_4bit(source: str | Path, stored: bool) -> None:

@@ -40,16 +40,17 @@ def stored_dtypes(files: Iterable[str | Path]) -> dict[str, str]:
 
 @contextmanager
 def opened_file(file: Path) -> Iterator[Any]:
-    """An open safetensors file; errors name it."""
+    """An open safetensors file; an error of opening it, which checks its header, names it."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
+        opening = safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{file} cannot be read, it is missing, damaged or incomplete: {one_line(error)}"
         ) from error
+    with opening as opened:
+        yield opened
 
 
 def check_dense(files: Iterable[Path], model: nn.Module) -> None:

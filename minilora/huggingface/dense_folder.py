@@ -14,34 +14,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilora import ops
 from minilora.checks import check_can_be_quantized
 from minilora.files.atomic import atomic_folder, write_text
 from minilora.files.bitsandbytes import to_tensors
 from minilora.files.tensors import write_tensors
 from minilora.huggingface.checkpoint_files import opened_file
-from minilora.huggingface.loading import empty_model, named_errors, read_tokenizer
+from minilora.huggingface.loading import empty_model, load_config, named_errors, read_tokenizer
 from minilora.huggingface.model_folder import check_weights, read_config
 from minilora.huggingface.pretrained import has_tokenizer
-from minilora.huggingface.quantized_folder import quantization_config_of
+from minilora.huggingface.quantized_folder import empty_layer, quantization_config_of
 from minilora.huggingface.sharded_folder import names_in_model
-from minilora.layers import NF4Linear, become
-from minilora.nf4 import NF4Weight, check_values, quantize_nf4
+from minilora.layers import become
+from minilora.nf4 import check_values, quantize_nf4
 from minilora.targets import kept_in_float32, select_layers
 
 _INDEX = "model.safetensors.index.json"
 _GENERATION = "generation_config.json"
 
 
-def quantize_folder(source: str | Path, target: str | Path) -> Path:
+def quantize_folder(
+    source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None
+) -> Path:
     """Writes a dense causal language model as a folder in 4 bits, file by file.
 
-    The folder has the tensors, bit for bit, of `minilora.load` with a `minilora.NF4Config()`
-    followed by `minilora.save_quantized`, in as many files as the dense one.
+    The folder has the tensors, bit for bit, of `minilora.load` with a `minilora.NF4Config()` and
+    this dtype, followed by `minilora.save_quantized`, in as many files as the dense one.
 
     Args:
         source: a folder of safetensors files.
         target: the folder to write; it must not exist.
+        dtype: as for `minilora.load`; weights are cast to it before they are quantized.
 
     Returns:
         The new folder.
@@ -63,26 +65,29 @@ def quantize_folder(source: str | Path, target: str | Path) -> Path:
     source, target = Path(source), Path(target)
     if target.exists():
         raise ValueError(f"{target} exists: choose another folder, or remove it")
-    with named_errors(source), ExitStack() as opened:
-        read_config(source)
-        paths = check_weights(source)
-        files = {path.name: opened.enter_context(opened_file(path)) for path in paths}
-        keys = [key for file in files.values() for key in file.keys()]  # noqa: SIM118
-        model: Any = empty_model(source)
-        names = names_in_model(model, keys, ())
-        chosen = _chosen_layers(model)
-        dtypes = {name: t.dtype for name, t in model.state_dict().items()}
-        tokenizer = read_tokenizer(source, False) if has_tokenizer(source) else None
+    with ExitStack() as opened:
+        with named_errors(source):
+            read_config(source)
+            files = {
+                path.name: opened.enter_context(opened_file(path)) for path in check_weights(source)
+            }
+            keys = [key for file in files.values() for key in file.keys()]  # noqa: SIM118
+            model = _empty(source, dtype)
+            names = names_in_model(model, keys, ())
+            chosen = _chosen_layers(model)
+            tokenizer = read_tokenizer(source, False) if has_tokenizer(source) else None
 
         with atomic_folder(target) as temporary:
             written = {}
+            dtypes = {name: t.dtype for name, t in model.state_dict().items()}
             for name, file in files.items():
                 tensors: dict[str, Tensor] = {}
                 for key in file.keys():  # noqa: SIM118
                     own = names[key]
-                    value = file.get_tensor(key).to(dtypes[own])
-                    layer = own.removesuffix(".weight")
-                    tensors |= _quantized(key, value) if layer in chosen else {key: value}
+                    with named_errors(source):
+                        value = file.get_tensor(key).to(dtypes[own])
+                        layer = own.removesuffix(".weight")
+                        tensors |= _quantized(key, value) if layer in chosen else {key: value}
                 write_tensors(temporary / name, tensors, {})
                 written[name] = {key: t.nbytes for key, t in tensors.items()}
             if len(files) > 1:
@@ -121,10 +126,13 @@ def _index(written: dict[str, dict[str, int]]) -> str:
 
 def _write_config(model: Any, chosen: dict[str, Any], folder: Path) -> None:
     for layer in chosen.values():
-        dense = torch.empty_like(layer.weight, device="meta")
-        packed, absmax = ops.quantize(dense, 64, "nf4")
-        codes, absmax2, offset = ops.double_quantize(absmax)
-        weight = NF4Weight(packed, codes, absmax2, offset, dense.shape, dense.dtype)
-        become(layer, NF4Linear(weight, None))
+        become(layer, empty_layer(layer, "nf4", double_quant=True))
     model.config.quantization_config = quantization_config_of(model)
     model.config.save_pretrained(folder)
+
+
+def _empty(source: Path, dtype: torch.dtype | None) -> Any:
+    config = load_config(source)
+    if dtype is not None:
+        config.dtype = dtype
+    return empty_model(config)

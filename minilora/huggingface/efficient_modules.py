@@ -236,17 +236,22 @@ def _takes_one_tensor(module: nn.Module) -> bool:
 
 
 def _same_norm(module: Any, weighting: Weighting) -> bool:
-    weight: Tensor = module.weight
+    """Compares on a weight of its own: of a sharded one, a process has only a part."""
+    size, like = len(module.weight), {"device": module.weight.device, "dtype": module.weight.dtype}
     generator = torch.Generator().manual_seed(0)
-    x = _SCALES * torch.randn(3, 5, len(weight), generator=generator)
+    x = _SCALES * torch.randn(3, 5, size, generator=generator)
     # One value alone has the largest n that there is, sqrt(I).
     x[-1, -1, 1:] = 0
+    weight = (1 + torch.randn(size, generator=generator)).to(**like)
+
+    sample: Any = copy.copy(module)
+    sample.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
 
     def formula(x: Tensor) -> Tensor:
         y, _ = rms_norm(x, weight, cast(float, _eps(module)), weighting)
         return y
 
-    return _same_output(module, formula, x.to(weight.device, weight.dtype))
+    return _same_output(sample, formula, x.to(**like))
 
 
 def _same_gated(module: nn.Module) -> bool:

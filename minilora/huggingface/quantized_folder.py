@@ -161,13 +161,19 @@ def quantize_empty(model: Any, config: Mapping[str, Any]) -> None:
     for name, layer in linear_layers(model).items():
         if not should_convert_module(name, skipped):
             continue
-        dense = layer.weight
-        packed, absmax = ops.quantize(dense, 64, quant_type)
-        scales = absmax, None, None
-        if config.get("bnb_4bit_use_double_quant"):
-            scales = ops.double_quantize(absmax)
-        weight = NF4Weight(packed, *scales, dense.shape, dense.dtype, 64, quant_type)
-        model.set_submodule(name, NF4Linear(weight, layer.bias))
+        double_quant = bool(config.get("bnb_4bit_use_double_quant"))
+        model.set_submodule(name, empty_layer(layer, quant_type, double_quant))
+
+
+def empty_layer(layer: Any, quant_type: str, double_quant: bool) -> NF4Linear:
+    """What a linear layer on the meta device is in 4 bits, without values too."""
+    dense = layer.weight
+    packed, absmax = ops.quantize(dense, 64, quant_type)
+    constants: tuple[Any, Any, Any] = absmax, None, None
+    if double_quant:
+        constants = ops.double_quantize(absmax)
+    weight = NF4Weight(packed, *constants, dense.shape, dense.dtype, 64, quant_type)
+    return NF4Linear(weight, layer.bias)
 
 
 def _quantized(model: nn.Module) -> Iterator[tuple[str, NF4Linear]]:

@@ -1,8 +1,9 @@
-"""Loading a quantized folder into shards: no process ever holds the whole model.
+"""Loading a folder into shards: no process ever holds the whole model.
 
 The model is made on the meta device, gets its 4-bit layers and adapters there, and is sharded.
 Then each process reads its own rows of every tensor: the files are memory-mapped, and all but those
-rows stay on the disk.
+rows stay on the disk. So a dense model that is to be quantized is quantized into a folder before
+(`quantize_folder`): a row of an NF4 weight is no row of the dense one.
 
 transformers shards as it loads, too (`DistributedConfig`), by a plan that the model's config has to
 contain, and has no place for the parts of a 4-bit weight.
@@ -32,7 +33,7 @@ from minilora.huggingface.loading import (
     read_tokenizer,
     recorded_name,
 )
-from minilora.huggingface.model_folder import check_weights, is_4bit, read_config
+from minilora.huggingface.model_folder import check_weights, is_4bit
 from minilora.huggingface.pretrained import has_tokenizer
 from minilora.layers import NF4Linear, become
 from minilora.lora import LoRA
@@ -50,27 +51,30 @@ def load_sharded(
     adapter: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
+    gathered_dtype: torch.dtype | None = None,
 ) -> tuple[nn.Module, Any]:
-    """Returns (model, tokenizer): a causal language model in 4 bits, sharded as it is loaded.
+    """Returns (model, tokenizer): a causal language model, sharded as it is loaded.
 
     Every process calls it. Each reads from the folder what it will hold, so the processes need no
     more memory together than one that loads the whole model. Adapters have to be injected before a
     model is sharded, which is why it is done here; they start as on one device.
 
     Args:
-        folder: written by `minilora.save_quantized`, or by transformers with bitsandbytes.
-        mesh, dtype: as for `minilora.distributed.shard`.
+        folder: a model in 4 bits, written by `minilora.save_quantized`, `quantize_folder`, or
+            transformers with bitsandbytes; or a dense one, which stays dense.
+        mesh: as for `minilora.distributed.shard`.
         adapter: options of `minilora.inject`, {} for its defaults. Default: no adapter.
-        compute_dtype: as for `minilora.load`.
+        dtype, compute_dtype: as for `minilora.load`.
+        gathered_dtype: the `dtype` of `minilora.distributed.shard`, of mixed precision.
 
     Returns:
         The model, frozen but for its adapters, in eval mode; and its tokenizer, None if the folder
         has none.
 
     Raises:
-        ValueError: what `minilora.load`, `inject` and `shard` raise; the folder is dense; the model
-            has other tensors than its files, which transformers would convert. If one process
-            fails, all do; the message names it.
+        ValueError: what `minilora.load`, `inject` and `shard` raise; the model has other tensors
+            than its files, which transformers would convert. If one process fails, all do; the
+            message names it.
 
     Example:
         >>> import torch.distributed as dist
@@ -87,13 +91,12 @@ def load_sharded(
     mesh = mesh or all_processes()
     with ExitStack() as files:
         with together(mesh), named_errors(folder):
-            check_is_quantized(folder)
             paths = check_weights(Path(folder))
             stored = _opened_tensors(paths, files)
-            model, names = _empty_quantized(Path(folder), stored, compute_dtype)
+            model, names = _empty(Path(folder), stored, dtype, compute_dtype)
             adapters = _inject(model, adapter)
             _compute_buffers(model)
-        shard(model, mesh, dtype=dtype)
+        shard(model, mesh, dtype=gathered_dtype)
         with together(mesh), named_errors(folder):
             load_shards(model, _tensors(stored, names, adapters, paths))
             check_all_finite(local_parts(model))
@@ -104,35 +107,33 @@ def load_sharded(
     return model, tokenizer
 
 
-def check_is_quantized(folder: str | Path) -> None:
-    if not is_4bit(read_config(folder, allow_4bit=True)):
-        raise ValueError(
-            "it is dense: quantize it into a folder first, in one process, with "
-            "minilora.huggingface.dense_folder.quantize_folder"
-        )
-
-
 def _opened_tensors(paths: Iterable[Path], files: ExitStack) -> dict[str, Any]:
     """The opened file of each stored tensor, by the tensor's name."""
     opened = [files.enter_context(opened_file(path)) for path in paths]
     return {key: file for file in opened for key in file.keys()}  # noqa: SIM118
 
 
-def _empty_quantized(
-    folder: Path, stored: Mapping[str, Any], compute_dtype: torch.dtype | None
+def _empty(
+    folder: Path,
+    stored: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    compute_dtype: torch.dtype | None,
 ) -> tuple[nn.Module, dict[str, str]]:
     """The model on the meta device, and the stored name of each dense tensor and 4-bit weight."""
     config = load_config(folder, allow_4bit=True)
-    named = config.quantization_config.get("bnb_4bit_compute_dtype") or "float32"
-    compute_dtype = compute_dtype or getattr(torch, named)
-    del config.quantization_config
-    model = empty_model(config)
+    if is_4bit(config.to_dict()):
+        named = config.quantization_config.get("bnb_4bit_compute_dtype") or "float32"
+        compute_dtype = compute_dtype or getattr(torch, named)
+        del config.quantization_config
+    if dtype is not None:
+        config.dtype = dtype
+    model: Any = empty_model(config)
     model.eval()
 
     layers = quantized_layers(stored)
     names = names_in_model(model, stored, layers)
     # As transformers casts it: what a model keeps in float32 whatever its dtype.
-    plan: Any = model._get_dtype_plan(model.dtype)  # type: ignore[operator]
+    plan: Any = model._get_dtype_plan(model.dtype)
     kept = [pattern for pattern, kind in plan.items() if kind == torch.float32]
     for name, p in model.named_parameters():
         if p.is_floating_point() and any(re.search(pattern, name) for pattern in kept):

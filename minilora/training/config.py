@@ -63,8 +63,9 @@ class FinetuneConfig:
         resume: Resume from the newest intact checkpoint in the output folder.
         overwrite: Replace the run in the output folder, finished or not. Other files there stay.
         trust_remote_code: Allow code in the model's folder to be executed.
-        shard: With several processes (torchrun), each holds a part of the model once it is loaded:
-            less memory per process, more communication. Otherwise each holds the whole model.
+        shard: With several processes (torchrun), each loads and holds only a part of the model:
+            less memory per process, more communication. A dense model is quantized into
+            OUT/base-4bit first. Otherwise each process holds the whole model.
         timeout: With several processes (torchrun), how many seconds they wait for one that gives no
             sign of life, or for each other within a step.
 

@@ -43,6 +43,11 @@ def check_processes(config: FinetuneConfig, processes: int) -> None:
             "shard=True needs several processes: start them with `torchrun --nproc-per-node N -m "
             "minilora finetune ... --shard`, or leave it out"
         )
+    if config.shard and config.trust_remote_code:
+        raise ValueError(
+            "shard=True loads models that transformers has, and runs no code of a model's: leave "
+            "out trust_remote_code (--trust-remote-code), or shard"
+        )
     per_step = config.batch_size * config.grad_accum
     if per_step % processes:
         raise ValueError(

@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,14 +11,11 @@ from minilora.distributed.processes import Processes, join_processes
 from minilora.files.adapters import save_adapter
 from minilora.files.text import shown
 from minilora.huggingface.activation_checkpointing import gradient_checkpointing
-from minilora.huggingface.base_model import load_base, stored_in_4bit
 from minilora.huggingface.context import check_max_length
 from minilora.huggingface.efficient import efficient_training
 from minilora.huggingface.generation import pad_id
 from minilora.huggingface.loading import load_config
 from minilora.huggingface.provenance import decide_quantize
-from minilora.reports.planning import Plan, plan
-from minilora.surgery import inject
 from minilora.training.callbacks import run_with, show_progress, write_metrics
 from minilora.training.checkpoint_manager import CheckpointManager
 from minilora.training.config import FinetuneConfig
@@ -35,8 +31,9 @@ from minilora.training.hold_out import encode_data, read_data
 from minilora.training.lock import hold_folder
 from minilora.training.loop import make_optimizer, train
 from minilora.training.loss import explain_loss
-from minilora.training.one_of_many import check_processes, only_first_prints, own_device
+from minilora.training.one_of_many import check_processes, only_first_prints
 from minilora.training.packing import check_packing
+from minilora.training.preparing import prepare
 from minilora.training.progress import announce
 from minilora.training.report import write_report
 from minilora.training.restart import after_restart
@@ -53,7 +50,8 @@ def finetune(config: FinetuneConfig) -> Result:
 
     Writes to `config.out`: the adapter (see `save_adapter`), `report.md` with `loss.png` and sample
     answers, `config.json`, `metrics.jsonl` with one line per step, `tensorboard/` where TensorBoard
-    is installed, and `checkpoints/` until the run is finished. With `eval_every` the adapter is the
+    is installed, and `checkpoints/` until the run is finished; and the base in 4 bits, in
+    `base-4bit/`, if the run is sharded and its model is dense. With `eval_every` the adapter is the
     one with the lowest loss on the hold-out, otherwise the last one. A run that was interrupted and
     resumed, on the same machine and with the same versions, is bit-identical to one that was not.
     As long as it lasts, no other run can start in `config.out`.
@@ -69,8 +67,8 @@ def finetune(config: FinetuneConfig) -> Result:
 
     Raises:
         ValueError: the config, the data, the model, or the checkpoint to resume from is invalid, or
-            `config.out` contains another run. Nothing has been written. Also if an adapter gets no
-            gradient in the first step.
+            `config.out` contains another run. Nothing has been written, but for the base of a
+            sharded run in 4 bits. Also if an adapter gets no gradient in the first step.
         FileNotFoundError: the data or the checkpoint to resume from does not exist.
         FloatingPointError: a loss, on the hold-out too, or a gradient became NaN or infinite.
         ProcessError: another process of the run failed, was killed or hangs. It is an OSError.
@@ -111,27 +109,23 @@ def _finetune(config: FinetuneConfig, processes: Processes) -> Result:
     out = Path(config.out)
     torch.manual_seed(config.seed)
 
-    # Load and quantize, the data first: it is checked before the model takes its time
+    # Load, quantize and inject, the data first: it is checked before the model takes its time
     data, eval_data = read_data(config)
-    model, tokenizer = _load(config)
+    model, tokenizer, planned = prepare(config, processes)
     pad = pad_id(tokenizer)
     training, held_out = encode_data(data, eval_data, tokenizer, config)
     questions = pick_questions(held_out, eval_data or data, config.samples)
     checkpoints.check_examples(training, held_out)
     checkpoints.check_questions(questions)
-    checkpoints.check_base(model)
+    with processes.explained("the base is compared"):
+        checkpoints.check_base(model)
 
     # Before anything is evaluated or written; `train` tries it again as the model is then
     if config.packing:
         check_packing(model)
 
-    # Inject
-    planned = _inject(model, config)
-
     # Each evaluation computes as the training does
     with efficient_training(model):
-        if config.shard:
-            _shard(model)
         optimizer = make_optimizer(model, config)
         history = checkpoints.restore(model, optimizer)
 
@@ -190,44 +184,6 @@ def _finetune(config: FinetuneConfig, processes: Processes) -> Result:
         # Kept beyond the end of the process group, it would abort the process at its exit.
         result.model = ReleasedModel(out)
     return result
-
-
-def _load(config: FinetuneConfig) -> tuple[nn.Module, Any]:
-    """The base, quantized while it is read, and its tokenizer."""
-    trust = config.trust_remote_code
-    announce(f"loading {shown(config.model)}")
-    if stored_in_4bit(config.model, trust_remote_code=trust):
-        announce("it is in 4 bits already")
-    elif config.quantize:
-        announce("quantizing it to 4 bits")
-    return load_base(
-        config.model,
-        quantize={} if config.quantize else None,
-        dense=not config.quantize,
-        device=own_device(config.device),
-        trust_remote_code=trust,
-    )
-
-
-def _inject(model: nn.Module, config: FinetuneConfig) -> Plan:
-    """Injects the adapters; returns the plan of what that adds, made before."""
-    planned = plan(model, config.r, alpha=config.alpha, targets=config.targets, quantize=False)
-    inject(
-        model,
-        config.r,
-        alpha=config.alpha,
-        targets=config.targets,
-        dropout=config.dropout,
-        seed=config.seed,
-    )
-    return planned
-
-
-def _shard(model: nn.Module) -> None:
-    # It takes a second to import.
-    from minilora.distributed import shard
-
-    shard(model)
 
 
 def _save(model: nn.Module, config: FinetuneConfig, processes: Processes) -> None:

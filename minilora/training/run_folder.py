@@ -6,8 +6,9 @@
 | an adapter, no checkpoints | is finished | only with --overwrite | has nothing to resume |
 | neither, but metrics.jsonl | ended before its first checkpoint | starts | as above |
 
-Nothing is removed but these files, config.json, report.md, loss.png, and what runs have written to
-tensorboard/. A config.json that is not a run's, as in the folder of a model, is never replaced.
+Nothing is removed but these files, config.json, report.md, loss.png, a model in base-4bit/, and
+what runs have written to tensorboard/. A config.json that is not a run's, as in the folder of a
+model, is never replaced.
 
 The adapter is written before the report, so that no error in the report can lose it, and the
 checkpoints are removed last. A run that ended in between is unfinished if it has checkpoints:

@@ -15,8 +15,10 @@ from torch.distributed.tensor import DTensor
 import minilora
 from minilora.distributed import shard
 from minilora.huggingface import sharded_folder
+from minilora.huggingface.efficient import efficient_training
 from minilora.huggingface.sharded_folder import load_sharded
 from minilora.layers import NF4Linear
+from minilora.training.base import sha256_of_base
 
 pytest.importorskip("transformers", reason="the model in these tests is a transformers Llama")
 
@@ -107,7 +109,7 @@ def gathered_parts(model: nn.Module, original: nn.Module) -> list[str]:
     return [*wrong, *(["no layer"] if not hooks else [])]
 
 
-def check_sharding(rank: int, folder: str, steps: int) -> dict[str, Any]:
+def check_sharding(rank: int, folder: str, dense: str, steps: int) -> dict[str, Any]:
     """What the tests look at, from one group of processes."""
     original, size = llama(), dist.get_world_size()
     model = copy.deepcopy(original)
@@ -134,6 +136,7 @@ def check_sharding(rank: int, folder: str, steps: int) -> dict[str, Any]:
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     found["checkpointed"] = train(checkpointed, part, 2)
     found["folder"] = check_folder(folder)
+    found["dense"] = check_dense_folder(dense)
     return found | {"bf16": check_bf16(original, part)}
 
 
@@ -159,6 +162,23 @@ def check_folder(folder: str) -> dict[str, Any]:
         logits = [m(input_ids=tokens()).logits for m in (model, one)]
     found["same logits"] = same_bits(*logits)
     found["error"] = error_of_one_process(folder)
+    return found
+
+
+def check_dense_folder(folder: str) -> dict[str, Any]:
+    """A dense model that is loaded in another dtype, in shards and whole; and made efficient."""
+    model, _ = load_sharded(folder, dtype=torch.bfloat16)
+    one, _ = minilora.load(folder, dtype=torch.bfloat16)
+    expected = one.state_dict()
+    changed = [n for n, t in model.state_dict().items() if not same_bits(whole(t), expected[n])]
+    buffers = dict(one.named_buffers())
+    changed += [n for n, t in model.named_buffers() if not same_bits(t, buffers[n])]
+    found: dict[str, Any] = {"changed": changed, "hash": sha256_of_base(model)}
+    found["same hash"] = found["hash"] == sha256_of_base(minilora.inject(one))
+    for each in (model, one):
+        with efficient_training(each) as replaced, torch.no_grad():
+            each(input_ids=tokens())
+        found.setdefault("efficient", []).append(str(replaced))
     return found
 
 
@@ -222,9 +242,17 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(quantized: Path) -> list[dict[str, Any]]:
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a dense model."""
+    folder = tmp_path_factory.mktemp("sharded") / "dense"
+    LlamaForCausalLM(llama().config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(quantized: Path, dense: Path) -> list[dict[str, Any]]:
     """What each of two processes found."""
-    return run(2, check_sharding, quantized, 5)
+    return run(2, check_sharding, quantized, dense, 5)
 
 
 @pytest.fixture
@@ -258,8 +286,8 @@ def test_losses_are_those_of_one_process(two: dict[str, Any]) -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("size", [2, 4])
-def test_twenty_steps_are_those_of_one_process(size: int, quantized: Path) -> None:
-    found = run(size, check_sharding, quantized, 20)[0]
+def test_twenty_steps_are_those_of_one_process(size: int, quantized: Path, dense: Path) -> None:
+    found = run(size, check_sharding, quantized, dense, 20)[0]
     check_share(found, size)
     assert found["changed"] == [] and found["gathered"] == []
     assert found["sharded"] == pytest.approx(found["one"], abs=1e-5)
@@ -292,6 +320,20 @@ def test_a_folder_is_loaded_as_by_one_process_into_shards(both: list[dict[str, A
         )
         assert found["changed"] == [] and found["buffers"] == []
         assert found["share"] < 1.02 / 2
+
+
+def test_a_dense_folder_is_loaded_in_the_dtype_that_was_asked_for(
+    both: list[dict[str, Any]],
+) -> None:
+    for found in (process["dense"] for process in both):
+        assert found["changed"] == [] and found["same hash"] is True
+
+
+def test_efficient_training_finds_in_a_sharded_model_what_it_finds_in_a_whole_one(
+    two: dict[str, Any],
+) -> None:
+    found, expected = two["dense"]["efficient"]
+    assert found == expected == "attention, rotary embeddings, 5 norms, 2 MLPs"
 
 
 def test_no_tensor_of_a_folder_is_held_whole(two: dict[str, Any]) -> None:

@@ -71,7 +71,13 @@ def several(
     if rank == 0:
         shutil.copytree(sharded["out"], copy)
     found["resumed"] = trained(rank, sharded | {"resume": True})
-    return found
+    return found | {"base": adapter_base(sharded["out"])}
+
+
+def adapter_base(out: str) -> str:
+    """What an adapter's files name as the model that it belongs to."""
+    config = json.loads(Path(out, "adapter_config.json").read_text())
+    return str(config["base_model_name_or_path"])
 
 
 def _trained(config: FinetuneConfig) -> dict[str, Any]:
@@ -149,8 +155,13 @@ def test_two_processes_replicated_or_sharded_stopped_and_resumed_are_as_one(
     for what in ("replicated", "resumed"):
         assert second[what] == first[what] | {"printed": ""}
         assert first[what]["printed"].count("step 20/20") == 1
+    written = names(settings("alone")["out"])
+    assert names(replicated["out"]) == written
+    # No process could quantize a model that it does not hold.
+    assert names(sharded["out"]) == sorted([*written, "base-4bit"])
+    assert "in 4 bits it is in" in first["resumed"]["printed"]
+    assert first["base"] == adapter_base(settings("alone")["out"])
     for out in (replicated["out"], sharded["out"]):
-        assert names(out) == names(settings("alone")["out"])
         assert len(Path(out, "metrics.jsonl").read_text().splitlines()) == 20
 
     # The signal of one has stopped both, in the same step; and one process can go on from there.
@@ -189,6 +200,9 @@ def test_what_the_processes_cannot_share_is_refused(
     with pytest.raises(ValueError, match=r"is 8 examples per step, which 3 processes cannot share"):
         check_processes(config, 3)
     check_processes(config, 4)
+    trusting = FinetuneConfig(**settings("refused", shard=True, trust_remote_code=True))
+    with pytest.raises(ValueError, match=r"runs no code of a model's: leave out trust_remote_code"):
+        check_processes(trusting, 2)
     with pytest.raises(ValueError, match=r"shard=True needs several processes"):
         finetune(FinetuneConfig(**settings("refused", shard=True)))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers_folders import make_folder, store_in_4bit
 
 import minilora
 from minilora.huggingface import load_dense
-from minilora.huggingface.base_model import load_base, stored_in_4bit
+from minilora.huggingface.base_model import load_base, local_folder, stored_in_4bit
 from minilora.huggingface.provenance import decide_quantize
 
 OPTIONS: list[dict[str, Any]] = [{}, {"quant_type": "fp4", "double_quant": False}]
@@ -148,3 +149,18 @@ def test_a_base_never_takes_the_memory_of_the_dense_model(folder: Path, tmp_path
     # the allocator's slack.
     layer = 1024 * 3072 / 2**20
     assert peak < held + 64 + (4 + 1 + 2) * layer + 24 < dense + held
+
+
+def test_the_folder_of_a_model_is_on_this_machine(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert local_folder(folder) == folder
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0a1b"
+    shutil.copytree(folder, snapshot)
+    (tmp_path / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "models--owner--name" / "refs" / "main").write_text("0a1b")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert local_folder("owner/name").samefile(snapshot)
+    with pytest.raises(ValueError, match=r"^owner/other cannot be loaded as a causal language mod"):
+        local_folder("owner/other")

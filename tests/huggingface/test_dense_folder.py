@@ -1,10 +1,12 @@
 """A dense folder that is quantized file by file is what loading and saving it makes."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import same_bits
 
 import minilora
@@ -53,4 +55,35 @@ def test_an_existing_target_is_left_alone(folder: Path, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match=r"exists: choose another folder, or remove it"):
         quantize_folder(folder, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_are_quantized_in_the_dtype_that_was_asked_for(
+    folder: Path, tmp_path: Path
+) -> None:
+    from minilora.huggingface.dense_folder import quantize_folder
+
+    half = torch.bfloat16
+    found, _ = minilora.load(quantize_folder(folder, tmp_path / "found", dtype=half))
+    config = minilora.NF4Config(compute_dtype=half)
+    expected, _ = minilora.load(folder, quantization_config=config, dtype=half)
+    state = expected.state_dict()
+    assert [name for name, t in found.state_dict().items() if not same_bits(t, state[name])] == []
+    # It matters: in float32 other weights are stored.
+    full, _ = minilora.load(folder, quantization_config=minilora.NF4Config())
+    name = "model.layers.0.mlp.up_proj.absmax2"
+    assert not torch.equal(full.state_dict()[name], state[name])
+
+
+def test_a_full_disk_is_not_taken_for_a_damaged_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minilora.huggingface import dense_folder
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dense_folder, "write_tensors", full)
+    with pytest.raises(OSError, match=r"No space left"):
+        dense_folder.quantize_folder(folder, tmp_path / "target")
     assert list(tmp_path.iterdir()) == []
