@@ -167,7 +167,8 @@ def names_in_model(model: Any, stored: Iterable[str], layers: Collection[str]) -
         name, pattern = rename_source_key(key, renamings, converters, prefix, own)
         if pattern is not None:
             raise ValueError(
-                f"{key} is converted by transformers: load the model with minilora.load"
+                f"transformers converts {key} as it loads, which cannot be done in shards: load "
+                "the whole model, with minilora.load or without --shard"
             )
         if name not in own:
             raise ValueError(f"the model ({type(model).__name__}) has no place for {key}")

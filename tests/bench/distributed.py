@@ -8,6 +8,10 @@ process group of its own, and nothing is reported unless the losses agree. `plai
 and torch.optim.AdamW as they come; `shard` is `minilora.distributed.shard` and PagedAdamW. With
 `taskset -c 0` all processes share one core, which compares the work that they do.
 
+`half` is what one of two processes has to compute at least: half of the batch, with half of the
+threads, and no other process. No other side can be faster. "busy" is how many cores one process
+keeps busy: where it is near the number of its threads, nothing can be hidden behind anything.
+
 Loading: bytes of the base in each of four processes, and the peak of their anonymous memory while
 they load, against one process.
 """
@@ -36,7 +40,7 @@ import minilora
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, LENGTH, RANK = 8, 128, 16
-SIDES = {"one": 1, "ddp": 2, "plain": 2, "shard": 2}
+SIDES = {"one": 1, "half": 1, "ddp": 2, "plain": 2, "shard": 2}
 
 
 class Loss(nn.Module):
@@ -84,11 +88,12 @@ def train(side: str, steps: int) -> dict[str, Any]:
     size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     model, optimizer = prepared(side)
     ids = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) * 7919 % SHAPE["vocab_size"]
+    ids = ids[: BATCH // 2] if side == "half" else ids
 
-    losses, seconds, parts = [], [], []
+    losses, seconds, busy, parts = [], [], [], []
     for _ in range(steps + 1):
         with seconds_of_communication() as spent:
-            start = time.perf_counter()
+            start, computed = time.perf_counter(), time.process_time()
             loss = model(ids[rank::size])
             loss.backward()
             before = time.perf_counter()
@@ -96,13 +101,14 @@ def train(side: str, steps: int) -> dict[str, Any]:
             optimizer.zero_grad()
             end = time.perf_counter()
         seconds.append(end - start)
+        busy.append((time.process_time() - computed) / (end - start))
         parts.append({**spent, "optimizer": end - before})
         mean = loss.detach().clone()
         if size > 1:
             dist.all_reduce(mean)
         losses.append(mean.item() / size)
     medians = {name: statistics.median(part[name] for part in parts[1:]) for name in parts[-1]}
-    return {"losses": losses, "seconds": seconds[1:], "parts": medians}
+    return {"losses": losses, "seconds": seconds[1:], "busy": busy[1:], "parts": medians}
 
 
 @contextmanager
@@ -224,11 +230,14 @@ def compare_steps(rounds: int, steps: int, cores: int) -> None:
     for turn in range(rounds):
         for side in [*SIDES][:: -1 if turn % 2 else 1]:
             size = SIDES[side]
-            threads = max(1, cores // size)
+            threads = max(1, cores // (2 if side == "half" else size))
             found[side].append(run(side, size, threads, "--steps", str(steps)))
 
     expected = found["one"][0]["losses"]
     for side, results in found.items():
+        if side == "half":
+            # Of other examples.
+            continue
         differ = max(
             abs(a - b) for r in results for a, b in zip(r["losses"], expected, strict=True)
         )
@@ -239,14 +248,15 @@ def compare_steps(rounds: int, steps: int, cores: int) -> None:
             )
 
     one = statistics.median(t for r in found["one"] for t in r["seconds"])
-    print("| side | processes | s per step | least | of one process | of these, seconds |")
-    print("|---|---|---|---|---|---|")
+    print("| side | processes | s per step | least | of one process | busy | of these, seconds |")
+    print("|---|---|---|---|---|---|---|")
     for side, results in found.items():
         times = [t for r in results for t in r["seconds"]]
         parts = results[-1]["parts"]
         spent = ", ".join(f"{name} {value:.2f}" for name, value in parts.items() if value >= 0.005)
         median = statistics.median(times)
-        figures = f"{median:.2f} | {min(times):.2f} | {median / one:.2f}"
+        busy = statistics.median(share for r in results for share in r["busy"])
+        figures = f"{median:.2f} | {min(times):.2f} | {median / one:.2f} | {busy:.2f}"
         print(f"| {side} | {SIDES[side]} | {figures} | {spent} |")
 
 

@@ -1,4 +1,4 @@
-"""kill -9 and SIGSTOP of each process, at random steps, under torchrun: the end and the restart."""
+"""kill -9 and SIGSTOP of each process, at random steps, under torchrun; and 50 ordinary ends."""
 
 import json
 import os
@@ -10,8 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from processes import run
+
+from minilora.training import FinetuneConfig, finetune
 
 # Of the whole command, after the signal.
 BOUND = 60.0
@@ -140,3 +144,21 @@ def test_torchrun_starts_a_run_again_and_it_goes_on(
     assert losses(out) == expected
     # Not from the start: the first step is printed once.
     assert log.read_text().count(f"step  1/{STEPS}") == 1
+
+
+def trained(rank: int, settings: dict[str, Any]) -> int:
+    """Trains to the end; how many steps there were."""
+    return len(finetune(FinetuneConfig(**settings)).history)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("round_", range(25))
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_no_process_aborts_at_its_exit(
+    shard: bool, round_: int, folder: Path, data: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"model": folder, "data": data, "out": tmp_path / "run"}
+    settings |= {"steps": 2, "batch_size": 2, "max_length": 80, "eval_fraction": 0.0}
+    settings |= {"shard": shard}
+    # Their exit codes are looked at.
+    assert run(2, trained, settings, group=False) == [2, 2]

@@ -87,3 +87,17 @@ def test_a_full_disk_is_not_taken_for_a_damaged_model(
     with pytest.raises(OSError, match=r"No space left"):
         dense_folder.quantize_folder(folder, tmp_path / "target")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_whose_tensors_transformers_converts_is_refused(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from minilora.huggingface.dense_folder import quantize_folder
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 2}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path / "experts")
+    message = r"transformers converts model\.layers\.0.*experts.*: load the whole model"
+    with pytest.raises(ValueError, match=message):
+        quantize_folder(tmp_path / "experts", tmp_path / "target")
+    assert not (tmp_path / "target").exists()

@@ -30,7 +30,7 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if not is_editable(finder
 
 def copied(where: Path) -> Path:
     """A copy of what a checkout needs to run the core's tests."""
-    for name in ("minilora", "kernels", "tests"):
+    for name in ("minilora", "kernels", "tests", "docs"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, where / name, symlinks=True, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", where)
