@@ -13,8 +13,9 @@ import pytest
 
 pytest.importorskip("nbclient", reason="tests/tools/notebooks.py runs notebooks with it")
 import first_cells
-import notebooks
 import readme
+
+import notebooks
 
 EACH = pytest.mark.parametrize("path", notebooks.paths(), ids=lambda path: path.stem)
 

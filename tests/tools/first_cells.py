@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import notebooks
 import readme
 
-# Where the repository is published; a maintainer sets it, here and nowhere else. Run this afterwards.
+import notebooks
+
+# Where the repository is published. A maintainer sets it, here and nowhere else, and runs this file.
 REPOSITORY = "https://github.com/OWNER/minilora"
 
 # What pip installs minilora from. A test puts a wheel in its place.
