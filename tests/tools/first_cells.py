@@ -20,7 +20,7 @@ import readme
 
 import notebooks
 
-# Where the repository is published. A maintainer sets it, here and nowhere else, and runs this file.
+# Where the repository is published: a maintainer sets it, here alone, and runs this file.
 REPOSITORY = "https://github.com/OWNER/minilora"
 
 # What pip installs minilora from. A test puts a wheel in its place.
