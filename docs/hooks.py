@@ -18,6 +18,7 @@ docstrings for mkdocstrings.
 import importlib.metadata
 import posixpath
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,12 @@ def place(path: str) -> str:
     if first == "notebooks":
         return f"tutorials/{rest}"
     return f"source/{path}/index.md" if (ROOT / path).is_dir() else f"source/{path}.md"
+
+
+def in_order(path: Path) -> tuple[int, str]:
+    """A key to sort by: 2-x.ipynb is before 10-x.ipynb, and a file without a number after both."""
+    number = re.match(r"\d+", path.name)
+    return int(number[0]) if number else sys.maxsize, path.name
 
 
 def target(link: str, origin: str) -> str:
@@ -207,7 +214,8 @@ def on_config(config: MkDocsConfig) -> None:
         return entry
 
     def matches(pattern: str) -> list[str]:
-        return [place(p.relative_to(ROOT).as_posix()) for p in sorted(ROOT.glob(pattern))]
+        paths = sorted(ROOT.glob(pattern), key=in_order)
+        return [place(p.relative_to(ROOT).as_posix()) for p in paths]
 
     config.nav = expand(config.nav)
     config.markdown_extensions.append(LINKS)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from minilora.kernels.reference import codebooks
 
 FILE = sizes.ROOT / "docs" / "examples" / "qlora_from_scratch.py"
-NOTEBOOK = sizes.ROOT / "notebooks" / "0-qlora-from-scratch.ipynb"
+NOTEBOOK = sizes.ROOT / "notebooks" / "8-qlora-from-scratch.ipynb"
 SOURCE = FILE.read_text()
 
 LINES, CODE_LINES = 220, 150

@@ -16,6 +16,7 @@ import notebooks
 # What a notebook may name beside minilora.__all__ and the kernels that it explains: the demo's
 # data, the model, and how an example becomes a loss. Module -> names.
 ALSO = {
+    "demo.orders": {"make_orders"},
     "demo.sheets": {"read_sheets", "split_by_tool"},
     "huggingface": {"load_dense", "generate", "gradient_checkpointing"},
     "training.data": {"encode", "load_examples"},

@@ -85,7 +85,8 @@ def test_every_public_name_is_documented_once(parsed: dict[str, Parsed]) -> None
 
 
 def test_every_notebook_is_a_page_and_in_the_navigation(parsed: dict[str, Parsed]) -> None:
-    slugs = [p.stem.partition("-")[2] for p in sorted((browser.ROOT / "notebooks").glob("*.ipynb"))]
+    stems = [path.stem.partition("-") for path in (browser.ROOT / "notebooks").glob("*.ipynb")]
+    slugs = [slug for _, _, slug in sorted(stems, key=lambda stem: int(stem[0]))]
     assert slugs and all(f"tutorials/{slug}/" in parsed for slug in slugs)
     linked = [link.split("/")[1] for link in parsed[""].links if link.startswith("tutorials/")]
     assert list(dict.fromkeys(linked)) == slugs
@@ -277,7 +278,7 @@ ON_TOP = """e => {
 def test_the_three_ways_lead_somewhere(tab: Any) -> None:
     links = tab.locator(".first-screen .ways li a")
     ways = [link.get_attribute("href") for link in links.all()]
-    starts = ("source/docs/examples/qlora_from_scratch.py", "tutorials/qlora-from-scratch")
+    starts = ("source/docs/examples/qlora_from_scratch.py", "tutorials/the-lesson-run")
     assert [way for way in starts if not any(link.startswith(way) for link in ways)] == []
     assert {"#fine-tune-a-language-model", "teaching/"} <= set(ways)
 

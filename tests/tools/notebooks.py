@@ -1,7 +1,8 @@
-"""Runs the notebooks and stores their outputs.
+"""Runs the notebooks and stores their outputs, and how long they took on how many cores.
 
     python tests/tools/notebooks.py [NOTEBOOK ...]
 
+first_cells.py says in each notebook how long it takes.
 tests/project/test_notebooks.py runs them again and compares.
 """
 
@@ -9,6 +10,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]\d+)?")
 
 
 def paths() -> list[Path]:
-    return sorted(FOLDER.glob("*.ipynb"))
+    """All of them, in the order of their numbers."""
+    return sorted(FOLDER.glob("*.ipynb"), key=lambda path: int(path.name.partition("-")[0]))
 
 
 def execute(path: Path, where: Path) -> Any:
@@ -75,11 +78,20 @@ def drifted(expected: str, found: str) -> list[str]:
     return [f"{a} -> {b}" for a, b, was, now in values if abs(now - was) > DRIFT * abs(was)]
 
 
+def cores() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def main() -> None:
     for path in [Path(name) for name in sys.argv[1:]] or paths():
         # What a notebook writes is not left in the repository.
         with tempfile.TemporaryDirectory() as scratch:
+            start = time.perf_counter()
             notebook = execute(path, Path(scratch))
+            seconds = time.perf_counter() - start
+        notebook.metadata.setdefault("minilora", {})
+        notebook.metadata["minilora"] |= {"seconds": round(seconds), "cores": cores()}
         nbformat.write(notebook, path)
         print(path.name)
 
