@@ -1,9 +1,9 @@
-"""Runs the experiments, or what is left of them, and writes docs/reproductions.md:
+"""Runs the experiments that have no stored result yet, and writes docs/reproductions.md:
 
     python docs/experiments/reproduce.py [--fresh] [--only NAME ...]
 
-One result per claim and seed is stored as docs/experiments/results/NAME-SEED.json when it is there,
-so an interrupted run goes on where it stopped. `--fresh` measures all anew.
+The result of each claim and seed is stored as docs/experiments/results/NAME-SEED.json as soon as it
+is there, so an interrupted run goes on where it stopped. `--fresh` first removes what is stored.
 """
 
 import argparse
@@ -91,19 +91,27 @@ def stored(name: str, folder: Path = RESULTS) -> list[Stored]:
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
+def run_missing(name: str, folder: Path = RESULTS) -> list[int]:
+    """Runs the seeds that have no stored result, and returns them."""
+    missing = [seed for seed in experiment(name).SEEDS if not path_of(name, seed, folder).exists()]
+    for seed in missing:
+        result = run_seed(name, seed, folder)
+        print(f"{name}, seed {seed}: {result['seconds']:.0f} s", flush=True)
+    return missing
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--fresh", action="store_true", help="measure again what is stored")
+    parser.add_argument("--fresh", action="store_true", help="remove what is stored first")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
     options = parser.parse_args()
 
+    if options.fresh:
+        for name in options.only:
+            for path in RESULTS.glob(f"{name}-*.json"):
+                path.unlink()
     for name in options.only:
-        for seed in experiment(name).SEEDS:
-            if path_of(name, seed).exists() and not options.fresh:
-                print(f"{name}, seed {seed}: stored")
-                continue
-            result = run_seed(name, seed)
-            print(f"{name}, seed {seed}: {result['seconds']:.0f} s", flush=True)
+        run_missing(name)
 
     from reproductions_page import update
 

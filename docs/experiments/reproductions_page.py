@@ -44,14 +44,10 @@ def summary(folder: Path = RESULTS) -> str:
 
 
 def judged(name: str, folder: Path = RESULTS) -> str:
-    """The verdict on a claim.
-
-    Raises:
-        ValueError: not every seed has been run.
-    """
+    """The verdict on a claim; there is none before every seed has been run."""
     module, results = experiment(name), stored(name, folder)
     if len(results) < len(module.SEEDS):
-        raise ValueError(f"{name}: {len(results)} of {len(module.SEEDS)} seeds have been run")
+        return f"{len(results)} of {len(module.SEEDS)} seeds have been run"
     return verdict(module.checks([result["numbers"] for result in results]))
 
 
@@ -77,6 +73,8 @@ def machines(results: list[Stored]) -> str:
 def section(name: str, folder: Path = RESULTS) -> str:
     """Verdict, table, figure and command of one experiment."""
     module, results = experiment(name), stored(name, folder)
+    if not results:
+        return "Not run yet.\n"
     numbers = [result["numbers"] for result in results]
     rows = [
         (check.says, check.rule, check.measured, "yes" if check.holds else "**no**")
