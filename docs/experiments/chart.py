@@ -99,7 +99,7 @@ def draw_panel(
         picture.text(left - 7, y + 4, f"{value:g}", "small soft", "end")
     picture.line([(left, BOTTOM), (left + width, BOTTOM)], "ink", 1)
     for x in panel.ticks or xs:
-        name = f"{x:g}" if panel.names is None else panel.names.get(x, "")
+        name = f"{x:,g}" if panel.names is None else panel.names.get(x, "")
         picture.text(across.at(x), BOTTOM + 19, name, "small soft", "middle")
     picture.text(left + width / 2, BOTTOM + 44, panel.x_label, "small", "middle")
 

@@ -55,7 +55,8 @@ def as_the_paper_says() -> dict[str, Numbers]:
         | {f"facts, r={r}": 1.0 / r for r in (1, 2, 4, 8, 16)},
         "targets": {"full": 0.1}
         | {f"all linear, r={r}": 0.12 for r in (1, 4, 16)}
-        | {f"q and v, r={r}": 0.5 for r in (4, 16, 64)},
+        | {f"q and v, r={r}": 0.5 for r in (4, 16, 64)}
+        | {f"MLP, r={r}": 0.2 for r in (2, 7, 28)},
         "learning_rate": {
             f"{task}, {rate.method(r)}, {lr:g}": 1 + abs(i - (3 if r else 1))
             for task in ("facts", "rule")
@@ -74,6 +75,7 @@ def as_the_paper_says() -> dict[str, Numbers]:
             "bits, NF4": 4.5, "bits, NF4, double": 4.127,
             "untrained, bfloat16": 4.0, "untrained, NF4": 4.5, "untrained, NF4, double": 4.51,
             "trained, NF4": 0.1, "trained, NF4, double": 0.11,
+            "error, NF4": 0.09, "error, double": 0.002,
         },
         "qlora": {
             "bfloat16, before": 5.6, "NF4, before": 6.3,
@@ -111,7 +113,8 @@ REFUTED: list[tuple[str, int, Numbers]] = [
     ("targets", 0, {"q and v, r=16": 0.11}),
     ("targets", 1, {"q and v, r=4": 0.11}),
     ("targets", 2, {"all linear, r=16": 0.2}),
-    ("targets", 3, {"q and v, r=64": 0.4}),
+    ("targets", 3, {"all linear, r=16": 0.06}),
+    ("targets", 4, {"MLP, r=7": 0.11}),
     ("learning_rate", 0, {"facts, full, 0.0032": 0.5}),
     ("learning_rate", 1, {"facts, r=4, 0.002": 0.1, "facts, r=64, 0.016": 0.1}),
     ("learning_rate", 2, {"rule, full, 0.0128": 0.1}),
@@ -123,6 +126,7 @@ REFUTED: list[tuple[str, int, Numbers]] = [
     ("double_quantization", 0, {"untrained, NF4, double": 4.6}),
     ("double_quantization", 1, {"trained, NF4, double": 0.2}),
     ("double_quantization", 2, {"bits, NF4, double": 4.2}),
+    ("double_quantization", 3, {"error, double": 0.02}),
     ("qlora", 0, {"NF4, after": 0.2}),
     ("qlora", 1, {"NF4, before": 5.65}),
     ("forgetting", 0, {f"new, r=4, {1e-3 * 2**n:g}": 0.05 for n in range(1, 5)}),
