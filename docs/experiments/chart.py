@@ -33,6 +33,7 @@ class Panel:
         names: of the ticks on the x axis, by x; None: the values of x.
         ticks: where they are; None: at every x.
         joined: whether the means of a series are joined by a line.
+        top: where the y axis ends, so that two panels can have the same; None: above all values.
     """
 
     x_label: str
@@ -43,6 +44,7 @@ class Panel:
     names: Mapping[float, str] | None = None
     ticks: Sequence[float] | None = None
     joined: bool = True
+    top: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def draw_panel(
     xs = sorted({x for points in panel.series.values() for x, _ in points})
     ys = [y for points in panel.series.values() for _, values in points for y in values]
     across = x_axis(xs, panel.log_x, left, width)
-    up = y_axis(ys, panel.log_y)
+    up = y_axis(ys if panel.top is None else [*ys, panel.top], panel.log_y)
 
     picture.text(left - 44, 58, panel.y_label, "small soft")
     for value in y_ticks(up):

@@ -42,8 +42,8 @@ EQUAL = 0.5
 
 
 def run(seed: int, short: bool = False) -> Numbers:
-    base = tiny.make_base(seed, steps=3 if short else 400)
-    old, new = tiny.facts(seed)
+    base = tiny.make_base(seed, short)
+    old, new = tiny.facts(seed, short)
     numbers = {}
     for method, rates in RATES.items():
         r = None if method == "full" else int(method.removeprefix("r="))

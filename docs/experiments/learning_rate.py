@@ -40,10 +40,11 @@ CYCLE = 8
 
 
 def run(seed: int, short: bool = False) -> Numbers:
-    base = tiny.make_base(seed, steps=3 if short else 400)
-    known, new = tiny.facts(seed)
+    base = tiny.make_base(seed, short)
+    known, new = tiny.facts(seed, short)
     changed = exchanged(known)
-    tasks = {"facts": (new, new), "rule": (changed[:384], changed[384:])}
+    quarter = len(changed) // 4
+    tasks = {"facts": (new, new), "rule": (changed[:-quarter], changed[-quarter:])}
     numbers = {}
     for task, (training, measured) in tasks.items():
         for r in (None, *RANKS) if task == "facts" else (None, 16):

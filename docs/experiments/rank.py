@@ -55,9 +55,9 @@ def read_orders(seed: int) -> Numbers:
 
 def memorize(seed: int, short: bool) -> Numbers:
     """Loss on the new facts that were trained on, by rank."""
-    base = tiny.make_base(seed, steps=3 if short else 400)
-    _, new = tiny.facts(seed)
-    steps = 3 if short else 200
+    base = tiny.make_base(seed, short)
+    _, new = tiny.facts(seed, short)
+    steps = 1 if short else 200
     return {
         f"facts, r={r}": min(
             tiny.measure(tiny.fine_tuned(base, new, steps, lr, seed, r), new) for lr in RATES
@@ -96,8 +96,10 @@ def figure(results: list[Numbers]) -> Picture:
         return [(r, over_seeds(results, f"{task}, r={r}")) for r in ranks]
 
     panels = [
-        Panel("rank", "hold-out loss of the demo", {"demo": points("demo", DEMO_RANKS)}, True),
-        Panel("rank", "loss of new facts", {"facts": points("facts", RANKS)}, True),
+        Panel(
+            "rank", "hold-out loss of the demo", {"demo": points("demo", DEMO_RANKS)}, True, top=4
+        ),
+        Panel("rank", "loss of new facts", {"facts": points("facts", RANKS)}, True, top=4),
     ]
     return draw("Loss by rank, where a behavior is learned and where facts are", panels)
 

@@ -41,12 +41,12 @@ METHODS = {"LoRA": tiny.PaperLoRA, "rsLoRA": RSLoRA}
 
 
 def run(seed: int, short: bool = False) -> Numbers:
-    base = tiny.make_base(seed, steps=3 if short else 400)
-    _, new = tiny.facts(seed)
+    base = tiny.make_base(seed, short)
+    _, new = tiny.facts(seed, short)
 
     def loss(method: str, r: int, lr: float) -> float:
         options = {"alpha": ALPHA, "adapter": METHODS[method]}
-        tuned = tiny.fine_tuned(base, new, 2 if short else 150, lr, seed, r, **options)
+        tuned = tiny.fine_tuned(base, new, 1 if short else 150, lr, seed, r, **options)
         return tiny.measure(tuned, new)
 
     numbers = {}

@@ -77,7 +77,12 @@ def section(name: str, folder: Path = RESULTS) -> str:
         return "Not run yet.\n"
     numbers = [result["numbers"] for result in results]
     rows = [
-        (check.says, check.rule, check.measured, "yes" if check.holds else "**no**")
+        (
+            check.says,
+            check.rule,
+            check.measured.replace("; ", "<br>"),
+            "yes" if check.holds else "**no**",
+        )
         for check in module.checks(numbers)
     ]
     picture = module.figure(numbers)

@@ -38,9 +38,9 @@ FULL_RATES = (3e-3, 6e-3)
 
 
 def run(seed: int, short: bool = False) -> Numbers:
-    base = tiny.make_base(seed, steps=3 if short else 400)
-    _, new = tiny.facts(seed)
-    steps = 3 if short else 150
+    base = tiny.make_base(seed, short)
+    _, new = tiny.facts(seed, short)
+    steps = 1 if short else 150
 
     def loss(lr: float, r: int | None, **options: object) -> float:
         return tiny.measure(tiny.fine_tuned(base, new, steps, lr, seed, r, **options), new)
