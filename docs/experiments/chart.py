@@ -91,7 +91,9 @@ def draw_panel(
 ) -> None:
     xs = sorted({x for points in panel.series.values() for x, _ in points})
     ys = [y for points in panel.series.values() for _, values in points for y in values]
-    across = x_axis(xs, panel.log_x, left, width)
+    # Names are wider than numbers.
+    margin = 22 if panel.names is None else width / (2 * len(xs))
+    across = x_axis(xs, panel.log_x, left + margin, left + width - margin)
     up = y_axis(ys if panel.top is None else [*ys, panel.top], panel.log_y)
 
     picture.text(left - 44, 58, panel.y_label, "small soft")
@@ -114,12 +116,12 @@ def draw_panel(
                 dot(picture, across.at(x), up.at(value), kinds[name])
 
 
-def x_axis(xs: Sequence[float], log: bool, left: float, width: float) -> Axis:
-    """From the first to the last x, with a margin inside the panel."""
+def x_axis(xs: Sequence[float], log: bool, start: float, end: float) -> Axis:
+    """From the first to the last x; a single one is in the middle."""
     first, last = xs[0], xs[-1]
     if first == last:
         first, last = (first / 2, last * 2) if log else (first - 1, last + 1)
-    return Axis(first, last, left + 22, left + width - 22, log)
+    return Axis(first, last, start, end, log)
 
 
 def y_axis(ys: Sequence[float], log: bool) -> Axis:

@@ -126,7 +126,7 @@ def checks(results: list[Numbers]) -> list[Check]:
 
 
 def figure(results: list[Numbers]) -> Picture:
-    names = dict(enumerate(("bfloat16", "NF4", "double")))
+    names = dict(enumerate(("bfloat16", "NF4", "NF4, double")))
     untrained = [(i, over_seeds(results, f"untrained, {form}")) for i, form in enumerate(FORMS)]
     trained = [
         (i, over_seeds(results, f"trained, {form}"))
@@ -134,8 +134,8 @@ def figure(results: list[Numbers]) -> Picture:
         if form != "bfloat16"
     ]
     panels = [
-        Panel("", "loss on commands", {"SmolLM2, untrained": untrained}, names=names),
-        Panel("", "loss on new facts", {"tiny Llama, trained": trained}, names=names),
+        Panel("", "loss on commands", {"SmolLM2, untrained": untrained}, names=names, joined=False),
+        Panel("", "loss on new facts", {"tiny Llama, trained": trained}, names=names, joined=False),
     ]
     return draw("Loss with and without double quantization", panels)
 
