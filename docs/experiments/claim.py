@@ -33,22 +33,24 @@ class Check:
         rule: when it holds here; otherwise it is refuted.
         measured: what was found, with the spread over the seeds.
         holds: whether the numbers obey the rule.
+        ours: whether it is a question of ours, about the reason; it has no part in the verdict.
     """
 
     says: str
     rule: str
     measured: str
     holds: bool
+    ours: bool = False
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """The claim agrees if every check holds, and does not if the first one fails.
+    """The claim agrees if all that the paper says holds, and does not if the first check fails.
 
     Example:
         >>> verdict([Check("a", "b", "c", True), Check("d", "e", "f", False)])
         'agrees in part'
     """
-    if all(check.holds for check in checks):
+    if all(check.holds or check.ours for check in checks):
         return AGREES
     return IN_PART if checks[0].holds else FAILS
 

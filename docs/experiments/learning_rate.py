@@ -119,11 +119,12 @@ def checks(results: list[Numbers]) -> list[Check]:
             holds=max(apart) <= 2,
         ),
         Check(
-            says="it is higher than that of full fine-tuning at all, where the task needs what "
-            "the base knows (our question, not the paper's)",
-            rule="on known facts with exchanged letters, the factor is above 1 in every seed",
+            says="it is higher where the task needs what the base knows",
+            rule="on known facts with exchanged letters, the factor is higher than on new facts in "
+            "every seed",
             measured=f"factor {spread(ruled, 1)}; full {spread(full, 4)}",
-            holds=min(ruled) > 1,
+            holds=all(a > b for a, b in zip(ruled, found, strict=True)),
+            ours=True,
         ),
     ]
 

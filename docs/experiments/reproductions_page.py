@@ -13,7 +13,7 @@ from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
-from claim import verdict
+from claim import Check, verdict
 from reproduce import EXPERIMENTS, HERE, RESULTS, Stored, experiment, stored
 
 PAGE = HERE.parent / "reproductions.md"
@@ -70,21 +70,20 @@ def machines(results: list[Stored]) -> str:
     return "".join(lines)
 
 
+def row(check: Check) -> tuple[str, str, str, str]:
+    """A line of an experiment's table; each group of numbers is on a line of its own."""
+    says = f"*our question:* {check.says}" if check.ours else check.says
+    answer = "yes" if check.holds else "**no**"
+    return says, check.rule, check.measured.replace("; ", "<br>"), answer
+
+
 def section(name: str, folder: Path = RESULTS) -> str:
     """Verdict, table, figure and command of one experiment."""
     module, results = experiment(name), stored(name, folder)
     if not results:
         return "Not run yet.\n"
     numbers = [result["numbers"] for result in results]
-    rows = [
-        (
-            check.says,
-            check.rule,
-            check.measured.replace("; ", "<br>"),
-            "yes" if check.holds else "**no**",
-        )
-        for check in module.checks(numbers)
-    ]
+    rows = [row(check) for check in module.checks(numbers)]
     picture = module.figure(numbers)
     seconds = sum(result["seconds"] for result in results)
     seeds = ", ".join(str(seed) for seed in module.SEEDS)

@@ -92,12 +92,12 @@ def checks(results: list[Numbers]) -> list[Check]:
             holds=all(a <= b + 0.05 for a, b in zip(everywhere, most, strict=True)),
         ),
         Check(
-            says="the attention needs adapters too (our question: is it only that q and v are the "
-            "wrong layers?)",
+            says="the attention needs adapters too, and q and v are not only the wrong layers",
             rule="the loss of the MLP's layers with r = 7 is above that of all linear layers with "
             "r = 4, which has as many parameters, in every seed",
             measured=f"MLP {spread(inside)}, {both}",
             holds=all(a > b for a, b in zip(inside, everywhere, strict=True)),
+            ours=True,
         ),
     ]
 
