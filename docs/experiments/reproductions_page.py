@@ -71,10 +71,11 @@ def machines(results: list[Stored]) -> str:
 
 
 def row(check: Check) -> tuple[str, str, str, str]:
-    """A line of an experiment's table; each group of numbers is on a line of its own."""
+    """A line of an experiment's table; each quantity is on a line of its own."""
     says = f"*our question:* {check.says}" if check.ours else check.says
     answer = "yes" if check.holds else "**no**"
-    return says, check.rule, check.measured.replace("; ", "<br>"), answer
+    measured = check.measured.replace("; ", "<br>").replace("), ", ")<br>")
+    return says, check.rule, measured, answer
 
 
 def section(name: str, folder: Path = RESULTS) -> str:
