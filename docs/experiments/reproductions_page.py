@@ -37,9 +37,9 @@ def summary(folder: Path = RESULTS) -> str:
         module, results = experiment(name), stored(name, folder)
         everything += results
         title = f"[{module.TITLE}](#{anchor(f'{number}. {module.TITLE}')})"
-        rows.append((str(number), title, module.PAPER, module.MODEL, f"**{judged(name, folder)}**"))
+        rows.append((str(number), title, f"**{judged(name, folder)}**", module.PAPER, module.MODEL))
     seconds = sum(result["seconds"] for result in everything)
-    text = table(("", "claim", "paper", "on", "here"), rows)
+    text = table(("", "claim", "here", "paper", "on"), rows)
     return f"{text}\nAll runs together: {seconds / 60:.0f} minutes.\n\n{machines(everything)}"
 
 
