@@ -46,10 +46,15 @@ class Check:
 def verdict(checks: Sequence[Check]) -> str:
     """The claim agrees if all that the paper says holds, and does not if the first check fails.
 
+    Raises:
+        ValueError: there are no checks, as after a short run.
+
     Example:
         >>> verdict([Check("a", "b", "c", True), Check("d", "e", "f", False)])
         'agrees in part'
     """
+    if not checks:
+        raise ValueError("there is nothing to judge")
     if all(check.holds or check.ours for check in checks):
         return AGREES
     return IN_PART if checks[0].holds else FAILS

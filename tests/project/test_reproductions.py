@@ -165,6 +165,11 @@ def test_every_check_is_refuted_once() -> None:
         assert [place for other, place, _ in REFUTED if other == name] == [*range(count)], name
 
 
+def test_without_checks_there_is_no_verdict() -> None:
+    with pytest.raises(ValueError, match="nothing to judge"):
+        claim.verdict(load("rank").checks([{"facts, r=1": 3.0}]))
+
+
 def test_the_best_rate_is_the_lowest_point_of_a_parabola() -> None:
     best_rate = load("learning_rate").best_rate
     losses = {lr: exp((log(lr) - log(5e-3)) ** 2) for lr in (1e-3, 2e-3, 4e-3, 8e-3)}
