@@ -75,7 +75,8 @@ def row(check: Check) -> tuple[str, str, str, str]:
     says = f"*our question:* {check.says}" if check.ours else check.says
     answer = "yes" if check.holds else "**no**"
     measured = check.measured.replace("; ", "<br>").replace("), ", ")<br>")
-    return says, check.rule, measured, answer
+    together = re.sub(r"\((\S+) to (\S+)\)", r"(\1&nbsp;to&nbsp;\2)", measured)
+    return says, check.rule, together, answer
 
 
 def section(name: str, folder: Path = RESULTS) -> str:
