@@ -4,7 +4,7 @@ BIN := .venv/bin
 comma := ,
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minilora
 
-.PHONY: demo test notebooks docs docs-serve dist package test-site test-gpu test-triton-matrix lint soak fuzz lock audit bench bench-gpu clean help
+.PHONY: demo test notebooks docs docs-serve dist package test-site test-gpu test-triton-matrix lint soak fuzz lock audit bench bench-gpu reproduce clean help
 
 help:
 	@echo "make demo   fine-tune a small language model on this machine, in a few minutes; writes runs/demo/"
@@ -19,6 +19,7 @@ help:
 	@echo "make fuzz   hostile inputs, about ten minutes; FULL=1: all of them, goes on where it stopped; FAMILY=name: one kind"
 	@echo "make lock   requirements/*.txt anew: the versions and hashes that CI installs; make audit asks for known vulnerabilities"
 	@echo "make bench  training, generation, kernels and loading against peft + bitsandbytes and dense PyTorch; FULL=1: the whole matrix, into docs/benchmarks"
+	@echo "make reproduce  nine claims of the papers at a small scale, about half an hour, into docs/reproductions.md; goes on where it stopped; FRESH=1: all anew"
 	@echo "make clean  remove .venv and what was built (the model in $(CACHE) stays)"
 
 demo: .venv/demo
@@ -97,6 +98,10 @@ bench: .venv/dev .venv/demo
 bench-gpu: .venv/dev
 	$(BIN)/python tests/bench/gpu.py
 	$(BIN)/python tests/bench/paged.py
+
+# What has a stored result in docs/experiments/results is not measured again; FRESH=1 removes the results first.
+reproduce: .venv/dev .venv/demo
+	$(BIN)/python docs/experiments/reproduce.py $(if $(FRESH),--fresh)
 
 # The versions and hashes that CI installs; run `make lock` after a change of the dependencies.
 lock: .venv/python
