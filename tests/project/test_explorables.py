@@ -1,5 +1,6 @@
 """The explorables in a browser, against the library: numbers, keyboard, mouse, phone, dark."""
 
+import base64
 import json
 import re
 from collections.abc import Iterator
@@ -49,6 +50,17 @@ def chromium() -> Iterator[Any]:
         yield chromium
 
 
+@pytest.fixture(scope="module")
+def level_functions(chromium: Any, address: str) -> Iterator[Any]:
+    """A page whose functions are called, and that nobody changes."""
+    yield from opened(chromium, address + LEVELS, DRAWN[LEVELS])
+
+
+@pytest.fixture(scope="module")
+def rank_functions(chromium: Any, address: str) -> Iterator[Any]:
+    yield from opened(chromium, address + RANK, DRAWN[RANK])
+
+
 @pytest.fixture
 def levels(chromium: Any, address: str) -> Iterator[Any]:
     yield from opened(chromium, address + LEVELS, DRAWN[LEVELS])
@@ -69,6 +81,18 @@ def opened(chromium: Any, address: str, selector: str) -> Iterator[Any]:
     yield page
     page.close()
     assert problems == []
+
+
+def floats(page: Any, expression: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A typed array of the page, bit for bit."""
+    text = page.evaluate(
+        f"""() => new Promise(done => {{
+            const reader = new FileReader();
+            reader.onload = () => done(reader.result.split(",")[1]);
+            reader.readAsDataURL(new Blob([{expression}]));
+        }})"""
+    )
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=dtype)
 
 
 def shown(page: Any, name: str) -> str:
@@ -98,7 +122,9 @@ def test_a_page_fits_has_no_errors_and_can_be_read(
     if path != "calculator/":
         assert contrast(page, ".explorable.summary") >= 4.5
         for mark in page.locator(":is(.level, .dot.nf4, .dot.int4, .dot.kept)").all()[::5]:
-            stroke, fill = mark.evaluate("e => [getComputedStyle(e).stroke, getComputedStyle(e).fill]")
+            stroke, fill = mark.evaluate(
+                "e => [getComputedStyle(e).stroke, getComputedStyle(e).fill]"
+            )
             assert ratio(stroke if fill == "none" else fill, background(page)) >= 3
     page.close()
     assert problems == []
@@ -130,14 +156,14 @@ def test_every_control_has_a_name_and_what_changes_is_said(
 # Sixteen levels
 
 
-def test_the_codebooks_are_the_librarys(levels: Any) -> None:
+def test_the_codebooks_are_the_librarys(level_functions: Any) -> None:
     for name, expected in (
         ("NF4", codebooks.levels("nf4")),
         ("INT4", INT4),
         ("MAP8", codebooks.MAP8),
     ):
-        assert torch.equal(torch.tensor(levels.evaluate(f"[...{name}]")), expected), name
-    assert levels.evaluate("BLOCK_SIZES") == list(minilora.nf4.BLOCK_SIZES)
+        assert torch.equal(floats(level_functions, name), expected), name
+    assert level_functions.evaluate("BLOCK_SIZES") == list(minilora.nf4.BLOCK_SIZES)
 
 
 @pytest.fixture
@@ -159,21 +185,23 @@ def restored(w: torch.Tensor, block: int, double: bool, quant_type: str) -> torc
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize(("shape", "outlier"), [("normal", 0), ("layer", 12), ("uniform", 5)])
 def test_every_weight_is_restored_as_the_library_restores_it(
-    levels: Any, shape: str, outlier: int, double: bool
+    level_functions: Any, shape: str, outlier: int, double: bool
 ) -> None:
     drawn = f"weightsOf(SHAPES_OF_WEIGHTS.{shape}, {outlier})"
-    w = torch.tensor(levels.evaluate(f"[...{drawn}]"))
+    w = floats(level_functions, drawn)
     assert w.shape == (65536,) and (w == outlier).sum() == (64 if outlier else 0)
     for block in (32, 64, 4096):
         for quant_type in ("nf4", "int4"):
             call = f"quantize({drawn}, {quant_type.upper()}, {block}, {json.dumps(double)})"
-            found = levels.evaluate(
-                f"(() => {{ const f = {call}; return [[...f.restored], f.error]; }})()"
-            )
             expected = restored(w, block, double, quant_type)
-            assert torch.equal(torch.tensor(found[0]), expected), (block, quant_type)
+            assert torch.equal(floats(level_functions, f"{call}.restored"), expected), (
+                block,
+                quant_type,
+            )
             error = (expected - w).double().norm() / w.double().norm()
-            assert found[1] == pytest.approx(error.item(), rel=1e-12)
+            assert level_functions.evaluate(f"{call}.error") == pytest.approx(
+                error.item(), rel=1e-12
+            )
 
 
 @pytest.mark.usefixtures("int4")
@@ -189,7 +217,7 @@ def test_the_summary_follows_keyboard_and_mouse_and_agrees_with_the_library(leve
     levels.keyboard.press("Space")
     assert levels.locator("#levels-block").inner_text() == "256"
 
-    w = torch.tensor(levels.evaluate("[...weightsOf(SHAPES_OF_WEIGHTS.heavy, 16)]"))
+    w = floats(levels, "weightsOf(SHAPES_OF_WEIGHTS.heavy, 16)")
     expected = {
         name: 100 * ((restored(w, 256, False, name.lower()) - w).norm() / w.norm()).item()
         for name in ("NF4", "int4")
@@ -245,15 +273,17 @@ def test_without_weights_there_is_a_hint(levels: Any) -> None:
 
 @pytest.mark.parametrize("block", [32, 64, 4096])
 @pytest.mark.parametrize("double", [False, True])
-def test_bits_per_weight_are_those_of_a_large_weight(levels: Any, block: int, double: bool) -> None:
+def test_bits_per_weight_are_those_of_a_large_weight(
+    level_functions: Any, block: int, double: bool
+) -> None:
     n = 4096 * 256
     weight = minilora.quantize_nf4(torch.zeros(n), block_size=block, double_quant=double)
     stored = (weight.packed, weight.absmax, weight.absmax2)
     bits = 8 * sum(t.numel() * t.element_size() for t in stored if t is not None) / n
-    assert levels.evaluate(f"bitsPerWeight({block}, {json.dumps(double)})") == bits
+    assert level_functions.evaluate(f"bitsPerWeight({block}, {json.dumps(double)})") == bits
 
 
-def test_the_histogram_of_a_layer_is_the_layers(levels: Any) -> None:
+def test_the_histogram_of_a_layer_is_the_layers(level_functions: Any) -> None:
     pytest.importorskip("transformers", reason="the layer is a real model's")
     from minilora.huggingface import load_dense
 
@@ -261,7 +291,7 @@ def test_the_histogram_of_a_layer_is_the_layers(levels: Any) -> None:
     W = model.get_submodule("model.layers.20.self_attn.q_proj").weight.detach()
     counts = torch.histc(W / W.std(), 41, -4, 4)
     expected = (1000 * counts / counts.max()).round().int().tolist()
-    assert levels.evaluate("LAYER") == expected
+    assert level_functions.evaluate("LAYER") == expected
 
 
 # How much rank
@@ -271,51 +301,49 @@ def factors(page: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.
     """U, sigma, V and the part of the update that is drawn, as PyTorch's tensors."""
 
     def matrix(name: str) -> torch.Tensor:
-        rows, columns, values = page.evaluate(
-            f"(() => {{ const m = decodeMatrix(UPDATE.{name});"
-            " return [m.rows, m.columns, [...m.values]]; })()"
-        )
-        return torch.tensor(values, dtype=torch.float64).view(rows, columns)
+        values = floats(page, f"decodeMatrix(UPDATE.{name}).values", torch.float64)
+        return values.view(page.evaluate(f"[UPDATE.{name}.rows, UPDATE.{name}.columns]"))
 
     sigma = torch.tensor(page.evaluate("UPDATE.singularValues"), dtype=torch.float64)
     return matrix("U"), sigma, matrix("V"), matrix("drawn")
 
 
 @pytest.mark.parametrize("r", [0, 1, 8, 64, 576])
-def test_the_approximation_is_pytorchs(rank: Any, r: int) -> None:
-    U, sigma, V, drawn = factors(rank)
-    found = rank.evaluate(
-        "r => [...approximation(decodeMatrix(UPDATE.U), UPDATE.singularValues,"
-        " decodeMatrix(UPDATE.V), r)]",
-        r,
-    )
+def test_the_approximation_is_pytorchs(rank_functions: Any, r: int) -> None:
+    U, sigma, V, drawn = factors(rank_functions)
+    parts = "decodeMatrix(UPDATE.U), UPDATE.singularValues, decodeMatrix(UPDATE.V)"
+    found = floats(rank_functions, f"approximation({parts}, {r})", torch.float64)
     expected = U[:, :r] * sigma[:r] @ V[:, :r].T
-    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64).view(40, 40), expected)
+    torch.testing.assert_close(found.view(40, 40), expected)
     if r == 576:
         # Of full rank it is the update, but for the 16 bits in which the factors are stored: each
         # entry is off by half a step, and 576 random errors add up.
-        steps = rank.evaluate("[UPDATE.U.step, UPDATE.V.step]")
+        steps = rank_functions.evaluate("[UPDATE.U.step, UPDATE.V.step]")
         bound = 4 * sum(steps) / 2 * sigma.square().sum().sqrt() * max(U.abs().max(), V.abs().max())
         assert (expected - drawn).abs().max() < bound < drawn.abs().max() / 100
 
 
-def test_the_relative_error_is_what_pytorch_measured_on_the_whole_matrix(rank: Any) -> None:
-    ranks, measured = rank.evaluate("[UPDATE.ranks, UPDATE.measuredErrors]")
-    found = rank.evaluate("UPDATE.ranks.map(r => relativeError(UPDATE.singularValues, r))")
+def test_the_relative_error_is_what_pytorch_measured_on_the_whole_matrix(
+    rank_functions: Any,
+) -> None:
+    ranks, measured = rank_functions.evaluate("[UPDATE.ranks, UPDATE.measuredErrors]")
+    found = rank_functions.evaluate(
+        "UPDATE.ranks.map(r => relativeError(UPDATE.singularValues, r))"
+    )
     assert ranks[0] == 0 and ranks[-1] == 576
     assert found == pytest.approx(measured, rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize("r", [1, 8, 288])
-def test_parameters_are_those_of_an_adapter(rank: Any, r: int) -> None:
+def test_parameters_are_those_of_an_adapter(rank_functions: Any, r: int) -> None:
     layer = minilora.LoRALinear(nn.Linear(576, 576), r=r)
     adapter = layer.adapters["default"]
     count = adapter.A.numel() + adapter.B.numel()
-    assert rank.evaluate("r => adapterParameters(UPDATE.shape, r)", r) == count
+    assert rank_functions.evaluate("r => adapterParameters(UPDATE.shape, r)", r) == count
 
 
-def test_the_losses_are_those_of_the_notebook(rank: Any) -> None:
-    ranks, losses = rank.evaluate("[UPDATE.ranks, UPDATE.losses]")
+def test_the_losses_are_those_of_the_notebook(rank_functions: Any) -> None:
+    ranks, losses = rank_functions.evaluate("[UPDATE.ranks, UPDATE.losses]")
     at = dict(zip(ranks, losses, strict=True))
     stored = (browser.ROOT / "notebooks/1-why-a-low-rank-is-enough.ipynb").read_text()
     rows = re.findall(r'"\s+(\d+)(?:\s+[\d.]+){3}\s+(\d\.\d{3})\s+[\d.]+\\n"', stored)
