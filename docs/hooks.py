@@ -11,20 +11,21 @@ in the site, and `Links` uses it to rewrite every link of every page. A source f
 a page when something links to it. A link to a file that does not exist fails the build
 (`mkdocs build --strict`).
 
-Two more hooks: patterns in the navigation (`on_config`), and `Docstrings`, which prepares our
-docstrings for mkdocstrings.
+`on_config` turns patterns in the navigation into pages. The tables of the course are made by
+`docs/course.py`; docstrings are prepared for mkdocstrings by `docs/docstrings.py`.
 """
 
 import importlib.metadata
 import posixpath
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from xml.etree.ElementTree import Element
 
-import griffe
+import course
 from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.treeprocessors import Treeprocessor
@@ -41,9 +42,6 @@ PAGES = {
     "SECURITY.md": "security.md",
     "kernels/README.md": "kernels/formulas.md",
 }
-
-# Two or more exceptions at the start of a line: "    ValueError, TypeError:".
-ERRORS = re.compile(r"^ +[\w.]+Error(?:, [\w.]+Error)+:", re.MULTILINE)
 
 # Longer than any fence in the text that it encloses.
 FENCE = "~" * 10
@@ -65,6 +63,12 @@ def place(path: str) -> str:
     if first == "notebooks":
         return f"tutorials/{rest}"
     return f"source/{path}/index.md" if (ROOT / path).is_dir() else f"source/{path}.md"
+
+
+def in_order(path: Path) -> tuple[int, str]:
+    """A key to sort by: 2-x.ipynb is before 10-x.ipynb, and a file without a number after both."""
+    number = re.match(r"\d+", path.name)
+    return int(number[0]) if number else sys.maxsize, path.name
 
 
 def target(link: str, origin: str) -> str:
@@ -207,7 +211,8 @@ def on_config(config: MkDocsConfig) -> None:
         return entry
 
     def matches(pattern: str) -> list[str]:
-        return [place(p.relative_to(ROOT).as_posix()) for p in sorted(ROOT.glob(pattern))]
+        paths = sorted(ROOT.glob(pattern), key=in_order)
+        return [place(p.relative_to(ROOT).as_posix()) for p in paths]
 
     config.nav = expand(config.nav)
     config.markdown_extensions.append(LINKS)  # type: ignore[arg-type]
@@ -221,7 +226,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     ) -> None:
         files.append(File.generated(config, uri, content=content, inclusion=inclusion))
 
-    texts = {f"docs/{f.src_uri}": f.content_string for f in files.documentation_pages()}
+    pages = files.documentation_pages()
+    texts = {f"docs/{f.src_uri}": course.filled(f.content_string) for f in pages}
     for name in PAGES:
         texts[name] = (ROOT / name).read_text()
         add(place(name), texts[name])
@@ -238,23 +244,9 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     LINKS.origins = {place(name): name for name in texts}
 
 
-def on_page_markdown(markdown: str, page: Page, **_: Any) -> None:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     LINKS.page = page.file.src_uri
     if page.is_homepage:
         # A list of one entry is no help there, and the first screen uses the full width.
         page.meta["hide"] = ["navigation", "toc"]
-
-
-class Docstrings(griffe.Extension):
-    """Prepares docstrings for mkdocstrings.
-
-    `Example:` becomes `Examples:`, which is shown as a Python session. `ValueError, TypeError: ...`
-    becomes `ValueError | TypeError: ...`; the comma would be shown as a tuple.
-    """
-
-    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring:
-            text = re.sub(
-                r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE
-            )
-            obj.docstring.value = ERRORS.sub(lambda m: m[0].replace(",", " |"), text)
+    return course.filled(markdown)

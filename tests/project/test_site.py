@@ -85,9 +85,10 @@ def test_every_public_name_is_documented_once(parsed: dict[str, Parsed]) -> None
 
 
 def test_every_notebook_is_a_page_and_in_the_navigation(parsed: dict[str, Parsed]) -> None:
-    slugs = [p.stem.partition("-")[2] for p in sorted((browser.ROOT / "notebooks").glob("*.ipynb"))]
+    stems = [path.stem.partition("-") for path in (browser.ROOT / "notebooks").glob("*.ipynb")]
+    slugs = [slug for _, _, slug in sorted(stems, key=lambda stem: int(stem[0]))]
     assert slugs and all(f"tutorials/{slug}/" in parsed for slug in slugs)
-    linked = [link.split("/")[1] for link in parsed[""].links if link.startswith("tutorials/")]
+    linked = re.findall(r"^tutorials/([^/]+)/", "\n".join(parsed[""].links), re.MULTILINE)
     assert list(dict.fromkeys(linked)) == slugs
 
 
@@ -279,7 +280,7 @@ def test_the_three_ways_lead_somewhere(tab: Any) -> None:
     ways = [link.get_attribute("href") for link in links.all()]
     starts = ("source/docs/examples/qlora_from_scratch.py", "tutorials/qlora-from-scratch")
     assert [way for way in starts if not any(link.startswith(way) for link in ways)] == []
-    assert {"#fine-tune-a-language-model", "teaching/"} <= set(ways)
+    assert {"#fine-tune-a-language-model", "lesson-map/"} <= set(ways)
 
 
 def test_the_search_finds_a_function(tab: Any) -> None:
