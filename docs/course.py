@@ -1,4 +1,4 @@
-"""The tables of the course, from the notebooks: title, question and minutes are written there alone.
+"""The tables of the course, from the notebooks: title, question and time are written there alone.
 
 A page that has the line `<!-- notebooks -->` gets the table of all notebooks there, and one with
 `<!-- lesson -->` that of the lesson's sections; `<!-- notebooks: LoRA -->` is for one section.
@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = re.compile(r"^<!-- (notebooks|lesson)(?:: ([\w ]+))? -->$", re.MULTILINE)
+
+# The time of a notebook that was not measured.
+UNKNOWN = "\N{EN DASH}"
 
 
 class Section(NamedTuple):
@@ -97,9 +100,9 @@ def read(path: Path) -> Notebook:
 
 
 def minutes(metadata: dict[str, Any]) -> str:
-    """Whole minutes, as measured when the outputs were stored; "" where that was not."""
+    """Whole minutes, as measured when the outputs were stored; UNKNOWN where that was not."""
     seconds = metadata.get("minilora", {}).get("seconds")
-    return str(math.ceil(seconds / 60)) if seconds else ""
+    return f"{math.ceil(seconds / 60)} min" if seconds else UNKNOWN
 
 
 def notebooks() -> list[Notebook]:
@@ -119,20 +122,22 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def all_notebooks() -> str:
+    """On a phone each row is a box of its own (extra.css)."""
     rows = [
-        [n.number, link(n.path, n.title), n.question, n.minutes or "–", n.sections]
+        [link(n.path, f"{n.number} · {n.title}"), n.question, n.minutes, n.sections]
         for n in notebooks()
     ]
-    return table(["", "notebook", "its question", "minutes", "section of the lesson"], rows)
+    rows_of = table(["notebook", "its question", "time", "section of the lesson"], rows)
+    return f'<div class="boxes" markdown>\n\n{rows_of}\n\n</div>'
 
 
 def of_section(section: Section) -> str:
     rows = [
-        [link(n.path, f"{n.number} · {n.title}"), n.question, n.minutes or "–"]
+        [link(n.path, f"{n.number} · {n.title}"), n.question, n.minutes]
         for n in notebooks()
         if n.slug in section.notebooks
     ]
-    return table(["notebook", "its question", "minutes"], rows)
+    return table(["notebook", "its question", "time"], rows)
 
 
 def page_title(path: str) -> str:
@@ -144,17 +149,17 @@ def all_sections() -> str:
     rows = []
     for number, section in enumerate(LESSON, start=1):
         named = [known[slug] for slug in section.notebooks if slug in known]
-        each = [n.minutes for n in named]
+        times = [n.minutes.removesuffix(" min") for n in named]
         rows.append(
             [
                 f"{number} · [{section.title}](#{section.title.lower()})",
                 ", ".join(link(n.path, n.number) for n in named),
                 ", ".join(link(path) for path in section.sources),
                 ", ".join(link(path, page_title(path)) for path in section.pages),
-                str(sum(map(int, each))) if all(each) else "–",
+                f"{sum(map(int, times))} min" if UNKNOWN not in times else UNKNOWN,
             ]
         )
-    return table(["section", "notebooks", "source", "page", "minutes"], rows)
+    return table(["section", "notebooks", "source", "page", "time"], rows)
 
 
 def filled(text: str) -> str:

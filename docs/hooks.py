@@ -16,6 +16,7 @@ a page when something links to it. A link to a file that does not exist fails th
 """
 
 import importlib.metadata
+import json
 import posixpath
 import re
 import sys
@@ -26,6 +27,7 @@ from urllib.parse import urlsplit
 from xml.etree.ElementTree import Element
 
 import course
+import nbformat
 from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.treeprocessors import Treeprocessor
@@ -114,16 +116,62 @@ class Links(Treeprocessor, Extension):
 LINKS = Links()
 
 
+class LongTexts(Treeprocessor, Extension):
+    """Marks the columns of a table that hold whole sentences: they are not squeezed on a phone."""
+
+    LONG = 40
+
+    def __init__(self) -> None:
+        Treeprocessor.__init__(self)
+        Extension.__init__(self)
+
+    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+        # After the inline patterns (20), when a link is no more than its text.
+        md.treeprocessors.register(self, "long-texts", 4)
+
+    def run(self, root: Element) -> None:
+        for table in root.iter("table"):
+            for column in zip(*(list(row) for row in table.iter("tr")), strict=False):
+                if any(len("".join(cell.itertext())) > self.LONG for cell in column):
+                    for cell in column:
+                        cell.set("class", "long")
+
+
+def without_formulas(html: str) -> str:
+    """The same page, whose formulas are left out of the search index."""
+    return html.replace('class="arithmatex"', 'class="arithmatex" data-search-exclude')
+
+
 def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     """A stored notebook as Markdown, and its images: file name -> content."""
     slug = Path(place(path.relative_to(ROOT).as_posix())).stem
+    stored = nbformat.read(path, as_version=4)
+    described(stored, slug)
     exporter = MarkdownExporter(raw_template=TEMPLATE.replace("FENCE", FENCE))
-    text, resources = exporter.from_filename(
-        str(path), {"unique_key": "output", "output_files_dir": slug}
+    text, resources = exporter.from_notebook_node(
+        stored, {"unique_key": "output", "output_files_dir": slug}
     )
     return text, {
         Path(name).name: content for name, content in resources.get("outputs", {}).items()
     }
+
+
+def described(stored: Any, slug: str) -> None:
+    """Gives each picture of a notebook its alternative text, from `docs/alt-texts.json`.
+
+    Of a picture that has none there, the text is what the code writes on it.
+    """
+    texts = json.loads((ROOT / "docs/alt-texts.json").read_text()).get(slug, {})
+    for cell in stored.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.metadata["alt"] = texts.get(cell.get("id")) or labels(cell.source)
+
+
+def labels(code: str) -> str:
+    """The words that the code of a figure writes on it: titles and axes."""
+    found = re.findall(r'(?:title|[xy]label)\w*\W{1,3}f?"([^"\\{]+)', code)
+    return "A figure: " + "; ".join(dict.fromkeys(found)) + "."
 
 
 TEMPLATE = """
@@ -141,7 +189,7 @@ FENCE
 </div>
 {% endblock data_html %}
 {% block data_png %}
-![What the cell above draws]({{ output.metadata.filenames['image/png'] | path2url }})
+![{{ output.metadata.alt }}]({{ output.metadata.filenames['image/png'] | path2url }})
 {% endblock data_png %}
 {%- macro printed(text) %}
 FENCE { .text .output .no-copy }
@@ -215,7 +263,7 @@ def on_config(config: MkDocsConfig) -> None:
         return [place(p.relative_to(ROOT).as_posix()) for p in paths]
 
     config.nav = expand(config.nav)
-    config.markdown_extensions.append(LINKS)  # type: ignore[arg-type]
+    config.markdown_extensions += [LINKS, LongTexts()]  # type: ignore[list-item]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
@@ -250,3 +298,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         # A list of one entry is no help there, and the first screen uses the full width.
         page.meta["hide"] = ["navigation", "toc"]
     return course.filled(markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    return without_formulas(html)
