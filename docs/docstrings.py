@@ -30,7 +30,7 @@ WORDS = {
     "each": r"\text{each }",
     "block": r"\text{block}",
 }
-TOKEN = re.compile(r"(?P<wide> {4,})|(?P<arrow><-)|(?P<word>[A-Za-z]+)(?P<digit>\d?)|(?P<other>.)")
+TOKEN = re.compile(r"(?P<arrow><-)|(?P<word>[A-Za-z]+)(?P<digit>\d?)|(?P<other>.)")
 
 
 def latex(equation: str) -> str:
@@ -47,8 +47,6 @@ def latex(equation: str) -> str:
 
 
 def _token(match: re.Match[str]) -> str:
-    if match["wide"]:
-        return r"\qquad "
     if match["arrow"]:
         return r"\leftarrow"
     if word := match["word"]:
@@ -79,8 +77,10 @@ def typeset(docstring: str) -> str:
     end = heading.start() if heading else len(docstring)
 
     def block(match: re.Match[str]) -> str:
-        lines = [latex(line.strip()) for line in match[0].strip().splitlines()]
-        return "$$\n" + " \\\\\n".join(lines) + "\n$$\n"
+        # What stands beside it in a terminal is below it on a page, which may be narrow.
+        lines = [latex(line) for line in re.split(r"\n *| {4,}", match[0].strip())]
+        body = " \\\\\n".join(lines)
+        return f"$$\n\\begin{{gathered}}\n{body}\n\\end{{gathered}}\n$$\n"
 
     return EQUATION.sub(block, docstring[:end]) + docstring[end:]
 
