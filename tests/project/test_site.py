@@ -272,8 +272,6 @@ def test_equations_of_docstrings_are_set() -> None:
             rf'<div class="arithmatex"[^>]*>[^<]*{equation}', pages[f"reference/{path}/"]
         )
         assert found, path
-    # Code of a description is an example; nothing else that is indented is left as it was.
-    assert not [p for p, text in pages.items() if re.search(r"<p>[^<]*</p>\s*<pre><code>", text)]
 
 
 def test_formulas_are_not_in_the_search_index() -> None:
