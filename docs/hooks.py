@@ -31,6 +31,7 @@ import nbformat
 from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.treeprocessors import Treeprocessor
+from markdown.util import HTML_PLACEHOLDER_RE
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
@@ -116,25 +117,32 @@ class Links(Treeprocessor, Extension):
 LINKS = Links()
 
 
-class LongTexts(Treeprocessor, Extension):
+class LongTexts(Treeprocessor):
     """Marks the columns of a table that hold whole sentences: they are not squeezed on a phone."""
 
     LONG = 40
 
-    def __init__(self) -> None:
-        Treeprocessor.__init__(self)
-        Extension.__init__(self)
-
-    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
-        # After the inline patterns (20), when a link is no more than its text.
-        md.treeprocessors.register(self, "long-texts", 4)
-
     def run(self, root: Element) -> None:
         for table in root.iter("table"):
             for column in zip(*(list(row) for row in table.iter("tr")), strict=False):
-                if any(len("".join(cell.itertext())) > self.LONG for cell in column):
+                if any(self.length(cell) > self.LONG for cell in column):
                     for cell in column:
                         cell.set("class", "long")
+
+    def length(self, cell: Element) -> int:
+        """Of the text that is seen; code is in the stash by now."""
+        stashed = self.md.htmlStash.rawHtmlBlocks
+
+        def code(match: re.Match[str]) -> str:
+            return re.sub(r"<[^>]+>", "", str(stashed[int(match[1])]))
+
+        return len(HTML_PLACEHOLDER_RE.sub(code, "".join(cell.itertext())))
+
+
+class Columns(Extension):
+    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+        # After the inline patterns (20), when a link is no more than its text.
+        md.treeprocessors.register(LongTexts(md), "long-texts", 4)
 
 
 def without_formulas(html: str) -> str:
@@ -263,7 +271,7 @@ def on_config(config: MkDocsConfig) -> None:
         return [place(p.relative_to(ROOT).as_posix()) for p in paths]
 
     config.nav = expand(config.nav)
-    config.markdown_extensions += [LINKS, LongTexts()]  # type: ignore[list-item]
+    config.markdown_extensions += [LINKS, Columns()]  # type: ignore[list-item]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
