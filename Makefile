@@ -56,7 +56,7 @@ package: dist
 	$(BIN)/python tests/tools/clean_install.py dist $(PYTHONS)
 
 test-site: .venv/docs
-	$(BIN)/pytest -q -m site tests/project/test_site.py
+	$(BIN)/pytest -q -m site tests/project
 
 test-gpu: .venv/dev
 	TRITON_INTERPRET=0 $(BIN)/pytest -q tests/kernels/test_gpu_nf4.py tests/kernels/test_gpu_matmul.py tests/kernels/test_gpu_card.py tests/optim/test_paging_gpu.py

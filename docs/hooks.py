@@ -11,11 +11,12 @@ in the site, and `Links` uses it to rewrite every link of every page. A source f
 a page when something links to it. A link to a file that does not exist fails the build
 (`mkdocs build --strict`).
 
-Two more hooks: patterns in the navigation (`on_config`), and `Docstrings`, which prepares our
-docstrings for mkdocstrings.
+`on_config` turns patterns in the navigation into pages. The tables of the course are made by
+`docs/course.py`; docstrings are prepared for mkdocstrings by `docs/docstrings.py`.
 """
 
 import importlib.metadata
+import json
 import posixpath
 import re
 import sys
@@ -25,10 +26,12 @@ from typing import Any
 from urllib.parse import urlsplit
 from xml.etree.ElementTree import Element
 
-import griffe
+import course
+import nbformat
 from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.treeprocessors import Treeprocessor
+from markdown.util import HTML_PLACEHOLDER_RE
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
@@ -42,9 +45,6 @@ PAGES = {
     "SECURITY.md": "security.md",
     "kernels/README.md": "kernels/formulas.md",
 }
-
-# Two or more exceptions at the start of a line: "    ValueError, TypeError:".
-ERRORS = re.compile(r"^ +[\w.]+Error(?:, [\w.]+Error)+:", re.MULTILINE)
 
 # Longer than any fence in the text that it encloses.
 FENCE = "~" * 10
@@ -117,16 +117,69 @@ class Links(Treeprocessor, Extension):
 LINKS = Links()
 
 
+class LongTexts(Treeprocessor):
+    """Marks the columns of a table that hold whole sentences: they are not squeezed on a phone."""
+
+    LONG = 40
+
+    def run(self, root: Element) -> None:
+        for table in root.iter("table"):
+            for column in zip(*(list(row) for row in table.iter("tr")), strict=False):
+                if any(self.length(cell) > self.LONG for cell in column):
+                    for cell in column:
+                        cell.set("class", "long")
+
+    def length(self, cell: Element) -> int:
+        """Of the text that is seen; code is in the stash by now."""
+        stashed = self.md.htmlStash.rawHtmlBlocks
+
+        def code(match: re.Match[str]) -> str:
+            return re.sub(r"<[^>]+>", "", str(stashed[int(match[1])]))
+
+        return len(HTML_PLACEHOLDER_RE.sub(code, "".join(cell.itertext())))
+
+
+class Columns(Extension):
+    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+        # After the inline patterns (20), when a link is no more than its text.
+        md.treeprocessors.register(LongTexts(md), "long-texts", 4)
+
+
+def without_formulas(html: str) -> str:
+    """The same page, whose formulas are left out of the search index."""
+    return html.replace('class="arithmatex"', 'class="arithmatex" data-search-exclude')
+
+
 def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
     """A stored notebook as Markdown, and its images: file name -> content."""
     slug = Path(place(path.relative_to(ROOT).as_posix())).stem
+    stored = nbformat.read(path, as_version=4)
+    described(stored, slug)
     exporter = MarkdownExporter(raw_template=TEMPLATE.replace("FENCE", FENCE))
-    text, resources = exporter.from_filename(
-        str(path), {"unique_key": "output", "output_files_dir": slug}
+    text, resources = exporter.from_notebook_node(
+        stored, {"unique_key": "output", "output_files_dir": slug}
     )
     return text, {
         Path(name).name: content for name, content in resources.get("outputs", {}).items()
     }
+
+
+def described(stored: Any, slug: str) -> None:
+    """Gives each picture of a notebook its alternative text, from `docs/alt-texts.json`.
+
+    Of a picture that has none there, the text is what the code writes on it.
+    """
+    texts = json.loads((ROOT / "docs/alt-texts.json").read_text()).get(slug, {})
+    for cell in stored.cells:
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.metadata["alt"] = texts.get(cell.get("id")) or labels(cell.source)
+
+
+def labels(code: str) -> str:
+    """The words that the code of a figure writes on it: titles and axes."""
+    found = re.findall(r'(?:title|[xy]label)\w*\W{1,3}f?"([^"\\{]+)', code)
+    return "A figure: " + "; ".join(dict.fromkeys(found)) + "."
 
 
 TEMPLATE = """
@@ -144,7 +197,7 @@ FENCE
 </div>
 {% endblock data_html %}
 {% block data_png %}
-![What the cell above draws]({{ output.metadata.filenames['image/png'] | path2url }})
+![{{ output.metadata.alt }}]({{ output.metadata.filenames['image/png'] | path2url }})
 {% endblock data_png %}
 {%- macro printed(text) %}
 FENCE { .text .output .no-copy }
@@ -218,7 +271,7 @@ def on_config(config: MkDocsConfig) -> None:
         return [place(p.relative_to(ROOT).as_posix()) for p in paths]
 
     config.nav = expand(config.nav)
-    config.markdown_extensions.append(LINKS)  # type: ignore[arg-type]
+    config.markdown_extensions += [LINKS, Columns()]  # type: ignore[list-item]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
@@ -229,7 +282,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     ) -> None:
         files.append(File.generated(config, uri, content=content, inclusion=inclusion))
 
-    texts = {f"docs/{f.src_uri}": f.content_string for f in files.documentation_pages()}
+    pages = files.documentation_pages()
+    texts = {f"docs/{f.src_uri}": course.filled(f.content_string) for f in pages}
     for name in PAGES:
         texts[name] = (ROOT / name).read_text()
         add(place(name), texts[name])
@@ -246,23 +300,13 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     LINKS.origins = {place(name): name for name in texts}
 
 
-def on_page_markdown(markdown: str, page: Page, **_: Any) -> None:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     LINKS.page = page.file.src_uri
     if page.is_homepage:
         # A list of one entry is no help there, and the first screen uses the full width.
         page.meta["hide"] = ["navigation", "toc"]
+    return course.filled(markdown)
 
 
-class Docstrings(griffe.Extension):
-    """Prepares docstrings for mkdocstrings.
-
-    `Example:` becomes `Examples:`, which is shown as a Python session. `ValueError, TypeError: ...`
-    becomes `ValueError | TypeError: ...`; the comma would be shown as a tuple.
-    """
-
-    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring:
-            text = re.sub(
-                r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE
-            )
-            obj.docstring.value = ERRORS.sub(lambda m: m[0].replace(",", " |"), text)
+def on_page_content(html: str, **_: Any) -> str:
+    return without_formulas(html)

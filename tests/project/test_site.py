@@ -1,5 +1,6 @@
 """The built site, in a browser: pages, links, formulas, search, a phone's screen: `make docs`."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ def test_every_notebook_is_a_page_and_in_the_navigation(parsed: dict[str, Parsed
     stems = [path.stem.partition("-") for path in (browser.ROOT / "notebooks").glob("*.ipynb")]
     slugs = [slug for _, _, slug in sorted(stems, key=lambda stem: int(stem[0]))]
     assert slugs and all(f"tutorials/{slug}/" in parsed for slug in slugs)
-    linked = [link.split("/")[1] for link in parsed[""].links if link.startswith("tutorials/")]
+    linked = re.findall(r"^tutorials/([\w-]+)/$", "\n".join(parsed[""].links), re.MULTILINE)
     assert list(dict.fromkeys(linked)) == slugs
 
 
@@ -103,6 +104,9 @@ class Visit:
     unset: list[str] = field(default_factory=list)
     width: int = 0
     wide: list[str] = field(default_factory=list)
+    # On a phone: columns of sentences that cannot be read, signatures that are cut off.
+    squeezed: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
@@ -122,46 +126,62 @@ def chromium() -> Iterator[Any]:
         yield chromium
 
 
+# Pages that are open at the same time: while one waits until no request is left, others load.
+AT_ONCE = 8
+JSON = "application/json"
+
+
 @pytest.fixture(scope="module")
 def visits(chromium: Any, address: str) -> dict[str, Visit]:
     """Every page, opened once."""
     found = {}
     context = chromium.new_context(viewport=browser.DESKTOP)
-    for path in browser.pages():
-        visit, tab = Visit(), context.new_page()
-        tab.on(
-            "console",
-            lambda m, v=visit: (
-                v.problems.append(m.text) if m.type in ("error", "warning") else None
-            ),
-        )
-        tab.on("pageerror", lambda e, v=visit: v.problems.append(str(e)))
-        tab.on("requestfailed", lambda r, v=visit: v.problems.append(f"failed: {r.url}"))
-        tab.on(
-            "response",
-            lambda r, v=visit: (
-                v.problems.append(f"{r.status}: {r.url}") if r.status >= 400 else None
-            ),
-        )
-        tab.on("request", lambda r, v=visit: v.requests.append(r.url))
-        # Leaving a page earlier would cut off its own requests.
-        tab.goto(address + path, wait_until="networkidle")
-        visit.formulas = tab.locator(".arithmatex").count()
-        try:
-            browser.settle(tab)
-        except Exception as late:
-            # What is not rendered is listed below, by its source.
-            visit.problems.append(str(late).splitlines()[0])
-        visit.unset = tab.evaluate(UNSET)
-        tab.set_viewport_size(browser.PHONE)
-        visit.unset += tab.evaluate(UNSEEN)
-        visit.width = tab.evaluate("document.documentElement.scrollWidth")
-        if visit.width > browser.PHONE["width"]:
-            visit.wide = tab.evaluate(WIDE)
-        tab.close()
-        found[path] = visit
+    # Every page builds the search index anew, half of its work; the search has its own test.
+    index = json.loads((browser.SITE / "search/search_index.json").read_text())
+    small = json.dumps({**index, "docs": index["docs"][:1]})
+    context.route("**/search_index.json", lambda r: r.fulfill(body=small, content_type=JSON))
+    paths = browser.pages()
+    for first in range(0, len(paths), AT_ONCE):
+        opened = {path: watched(context.new_page()) for path in paths[first : first + AT_ONCE]}
+        for path, (tab, _) in opened.items():
+            tab.goto(address + path, wait_until="commit")
+        for path, (tab, visit) in opened.items():
+            # Leaving a page earlier would cut off its own requests.
+            tab.wait_for_load_state("networkidle")
+            look(tab, visit)
+            tab.close()
+            found[path] = visit
     context.close()
     return found
+
+
+def watched(tab: Any) -> tuple[Any, Visit]:
+    """A tab, and the visit that its events are added to."""
+    visit = Visit()
+    said = visit.problems.append
+    tab.on("console", lambda m: said(m.text) if m.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda e: said(str(e)))
+    tab.on("requestfailed", lambda r: said(f"failed: {r.url}"))
+    tab.on("response", lambda r: said(f"{r.status}: {r.url}") if r.status >= 400 else None)
+    tab.on("request", lambda r: visit.requests.append(r.url))
+    return tab, visit
+
+
+def look(tab: Any, visit: Visit) -> None:
+    visit.formulas = tab.locator(".arithmatex").count()
+    try:
+        browser.settle(tab)
+    except Exception as late:
+        # What is not rendered is listed below, by its source.
+        visit.problems.append(str(late).splitlines()[0])
+    visit.unset = tab.evaluate(UNSET)
+    tab.set_viewport_size(browser.PHONE)
+    visit.unset += tab.evaluate(UNSEEN)
+    visit.width = tab.evaluate("document.documentElement.scrollWidth")
+    if visit.width > browser.PHONE["width"]:
+        visit.wide = tab.evaluate(WIDE)
+    visit.squeezed = tab.evaluate(SQUEEZED)
+    visit.cut = tab.evaluate(CUT)
 
 
 # Formulas that were not rendered, or rendered as an error message.
@@ -181,6 +201,20 @@ WIDE = """[...document.querySelectorAll('.md-content *')]
   .filter(e => e.getBoundingClientRect().right > innerWidth + 1
     && !e.closest('pre, .md-typeset__scrollwrap, .output'))
   .map(e => e.tagName + ' ' + e.className + ' ' + e.textContent.slice(0, 40)).slice(-3)"""
+
+# Cells with a sentence that are less than 30 characters wide, and tables outside of a box.
+SQUEEZED = """[...document.querySelectorAll('.md-typeset table:not([class])')]
+  .filter(t => t.checkVisibility())
+  .flatMap(t => [
+    ...(t.closest('.md-typeset__scrollwrap, .output, .scrolls') ? [] : ['no box']),
+    ...[...t.querySelectorAll('td')].filter(e => e.textContent.length > 40
+      && e.getBoundingClientRect().width < 180)])
+  .map(e => e.textContent ? e.textContent.slice(0, 60) : e)"""
+
+# Signatures with a line that is wider than their box.
+CUT = """[...document.querySelectorAll('.doc-signature pre > code')]
+  .filter(e => e.checkVisibility() && e.scrollWidth > e.clientWidth + 1)
+  .map(e => e.textContent.slice(0, 60))"""
 
 
 def test_no_page_reports_an_error_or_asks_for_what_is_not_there(visits: dict[str, Visit]) -> None:
@@ -215,6 +249,82 @@ def test_a_page_fits_a_phone(visits: dict[str, Visit]) -> None:
     assert not {
         path: (v.width, v.wide) for path, v in visits.items() if v.width > browser.PHONE["width"]
     }
+
+
+def test_tables_and_signatures_can_be_read_on_a_phone(visits: dict[str, Visit]) -> None:
+    assert not {path: v.squeezed for path, v in visits.items() if v.squeezed}
+    assert not {path: v.cut for path, v in visits.items() if v.cut}
+
+
+def test_a_signature_has_a_line_for_each_parameter() -> None:
+    page = file_of("reference/change-a-model/").read_text()
+    signatures = re.findall(r"doc-signature.*?<pre>(.*?)</pre>", page, re.DOTALL)
+    lines = [
+        line for signature in signatures for line in re.sub(r"<[^>]+>", "", signature).splitlines()
+    ]
+    assert len(signatures) > 15 and max(map(len, lines)) <= 80
+    assert "    dropout: float = 0.0," in lines
+
+
+def test_equations_of_docstrings_are_set() -> None:
+    pages = {p: file_of(p).read_text() for p in browser.pages() if p.startswith("reference/")}
+    for path, equation in (
+        ("quantized-weights", r"q = \\arg\\min_j"),
+        ("optimizer-and-memory", r"\\sqrt\{v / \(1 - \\beta_2\^t\)\}"),
+        ("change-a-model", r"\\langle W' - W, s B A\\rangle"),
+    ):
+        found = re.search(
+            rf'<div class="arithmatex"[^>]*>[^<]*{equation}', pages[f"reference/{path}/"]
+        )
+        assert found, path
+
+
+def test_formulas_are_not_in_the_search_index() -> None:
+    index = json.loads((browser.SITE / "search/search_index.json").read_text())
+    texts = [entry["text"] for entry in index["docs"]]
+    assert len(texts) > 100 and any("absmax" in text for text in texts)
+    assert not [
+        text[:80] for text in texts if re.search(r"\\[(\[]|\\(?:frac|text|cdot)\b|\$\$", text)
+    ]
+
+
+def test_every_picture_has_an_alternative_text_of_its_own() -> None:
+    pictures = 0
+    for path in browser.pages():
+        content = file_of(path).read_text().partition("<article")[2]
+        found = re.findall(r"<img\b[^>]*>", content)
+        texts = [re.search(r'alt="([^"]*)"', picture) for picture in found]
+        assert all(text and len(text[1]) > 8 for text in texts), (path, found)
+        assert len({text[1] for text in texts if text}) == len(texts), path
+        pictures += len(found)
+    assert pictures > 40
+
+
+def test_alternative_texts_are_of_pictures_that_are_there() -> None:
+    texts = json.loads((browser.ROOT / "docs/alt-texts.json").read_text())
+    for path in (browser.ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        drawn = {
+            cell["id"]
+            for cell in cells
+            if any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+        }
+        known = texts.get(path.stem.partition("-")[2], {})
+        assert set(known) <= drawn, path.name
+
+
+def test_the_landing_page_lists_every_notebook_in_order(parsed: dict[str, Parsed]) -> None:
+    page = file_of("tutorials/").read_text()
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)[1:]
+    named = [re.findall(r">(\d+) · ", row) for row in rows]
+    stems = [path.stem for path in (browser.ROOT / "notebooks").glob("*.ipynb")]
+    assert [int(n) for (n,) in named] == sorted(int(stem.partition("-")[0]) for stem in stems)
+    # Each has a question, a time or a dash, and a section of the lesson.
+    assert all(len(re.findall(r"<td[^>]*>[^<]|<td[^>]*><a", row)) == 4 for row in rows)
+    assert "<!-- " not in page.partition("<article")[2].partition("</article>")[0]
+    assert {"#peft", "#lora", "#qlora", "#implementation", "#merging"} <= set(
+        parsed["lesson-map/"].links
+    )
 
 
 @pytest.fixture
@@ -280,7 +390,7 @@ def test_the_three_ways_lead_somewhere(tab: Any) -> None:
     ways = [link.get_attribute("href") for link in links.all()]
     starts = ("source/docs/examples/qlora_from_scratch.py", "tutorials/the-lesson-run")
     assert [way for way in starts if not any(link.startswith(way) for link in ways)] == []
-    assert {"#fine-tune-a-language-model", "teaching/"} <= set(ways)
+    assert {"#fine-tune-a-language-model", "lesson-map/"} <= set(ways)
 
 
 def test_the_search_finds_a_function(tab: Any) -> None:
