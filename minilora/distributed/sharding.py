@@ -1,10 +1,11 @@
 """Sharding a model: each process holds a part of every parameter (PyTorch's FSDP2, `fully_shard`).
 
 A block's parameters are gathered right before it computes, and freed right after; the gradients of
-its adapters are averaged over the processes and end where the shards are. So a process needs the
-memory of its shards, and of one or two whole blocks. What lies outside the blocks (embedding, last
-norm and head) is one more group, which stays gathered from the beginning of the forward pass to
-the end of the backward pass: the head is needed last in the one and first in the other.
+its adapters are averaged over the processes and end where the shards are. Small blocks are gathered
+several at a time. So a process needs the memory of its shards, and of one or two whole groups. What
+lies outside the blocks (embedding, last norm and head) is one more group, which stays gathered from
+the beginning of the forward pass to the end of the backward pass: the head is needed last in the
+one and first in the other.
 
 A 4-bit weight consists of parameters of its own: bytes, and constants as int32 bit patterns.
 `fully_shard` shards them as it does all others, and its mixed precision casts floats alone, so
@@ -12,7 +13,7 @@ what is gathered has the same bits as before. Packed in 4 bits, the base is also
 16 bits would send over the wire.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -26,6 +27,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from minilora.layers import NF4Linear
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# Bytes of the parameters that are gathered together, at least.
+GATHERED = 8 << 20
 
 
 def shard(
@@ -69,12 +73,13 @@ def shard(
     _check(model, blocks)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32)
 
-    # What lies deeper comes first: a group takes the parameters that no group has taken before.
-    for block in reversed(blocks.values()):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+    groups = grouped(blocks)
+    # The rest comes last: a group takes the parameters that no group has taken before.
+    for group in groups:
+        fully_shard(group, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     if mesh.device_type == "cpu":
-        _gather_ahead(model, [*blocks.values()])
+        _gather_ahead(model, groups)
     model.register_forward_hook(_reshard_without_backward)
 
     for layer in model.modules():
@@ -84,11 +89,38 @@ def shard(
     return model
 
 
-def _gather_ahead(model: Any, blocks: list[Any]) -> None:
-    """gloo gathers a block while another one computes, as NCCL does without being told."""
+def grouped(blocks: Mapping[str, nn.Module]) -> list[list[nn.Module]]:
+    """Blocks that are gathered together: neighbors in one list, until they have `GATHERED` bytes.
+
+    A collective takes some milliseconds, however little it sends. A block of a large model is a
+    group of its own.
+
+    Args:
+        blocks: what `repeated_blocks` returns.
+    """
+    groups: list[list[nn.Module]] = []
+    size, before = GATHERED, ""
+    for name, block in blocks.items():
+        parent = name.rpartition(".")[0]
+        if size >= GATHERED or parent != before:
+            groups.append([])
+            size = 0
+        groups[-1].append(block)
+        size += sum(p.nbytes for p in block.parameters())
+        before = parent
+    return groups
+
+
+def blocks_together(size: int) -> int:
+    """Returns how many blocks of this many bytes are gathered together."""
+    return max(1, -(-GATHERED // max(size, 1)))
+
+
+def _gather_ahead(model: Any, groups: list[list[Any]]) -> None:
+    """gloo gathers a group while another one computes, as NCCL does without being told."""
     model._set_unshard_async_op(True)
-    for block, following in pairwise(blocks):
-        block.set_modules_to_forward_prefetch([following])
+    for group, following in pairwise(groups):
+        group[0].set_modules_to_forward_prefetch([following[0]])
 
 
 def _reshard_without_backward(model: nn.Module, *_: object) -> None:

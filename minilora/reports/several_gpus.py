@@ -21,6 +21,7 @@ with the linear layers of the blocks are counted.
 
 from dataclasses import dataclass, replace
 
+from minilora.distributed.sharding import blocks_together
 from minilora.reports.formatting import format_bytes, format_seconds, three_digits
 from minilora.reports.memory import Decoder, Run, total
 from minilora.reports.parameter_groups import Group, Groups
@@ -180,16 +181,19 @@ def _sharded(groups: Groups, gpus: int, grad_accum: int, run: Run | None) -> Sha
     )
 
     largest = max(groups.blocks, key=lambda block: block.shard_bytes(gpus), default=Group(()))
-    gather = others * largest.shard_bytes(gpus)
-    scatter = others * largest.gradient_bytes(gpus)
-    gathered = gpus * (root + 2 * (largest.shard_bytes(gpus) + largest.gradient_bytes(gpus)))
+    together = min(blocks_together(largest.shard_bytes(1)), max(largest.count, 1))
+    shards, gradients = (
+        together * n for n in (largest.shard_bytes(gpus), largest.gradient_bytes(gpus))
+    )
+    gather, scatter = others * shards, others * gradients
+    gathered = gpus * (root + 2 * (shards + gradients))
     if grad_accum > 1:
         # They are only divided in the last backward pass of a step.
         gathered += gpus * held["gradients"]
 
     hidden: tuple[tuple[int, int], ...] = ()
     if run is not None:
-        forward, backward = _operations(run)
+        forward, backward = (together * n for n in _operations(run))
         hidden = ((gather, forward), (gather + scatter, backward))
         run = replace(
             run,

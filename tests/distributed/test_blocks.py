@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 import minilora
-from minilora.distributed import repeated_blocks, shard
+from minilora.distributed import repeated_blocks, shard, sharding
+from minilora.distributed.sharding import blocks_together, grouped
 
 
 def block() -> nn.Module:
@@ -74,6 +75,23 @@ def test_blocks_of_transformers_models(kind: str, names: list[str]) -> None:
     with torch.device("meta"):
         model = getattr(transformers, kind + ends.get(kind, "Model"))(config)
     assert [n.removeprefix("vision_model.") for n in repeated_blocks(model)] == names
+
+
+# Groups of blocks
+
+
+def test_small_blocks_of_one_list_are_gathered_together() -> None:
+    blocks = {f"encoder.{i}": nn.Linear(256, 256, bias=False) for i in range(5)}
+    blocks |= {f"decoder.{i}": nn.Linear(256, 1024, bias=False) for i in range(2)}
+    size = 256 * 256 * 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "GATHERED", 2 * size)
+        assert [len(group) for group in grouped(blocks)] == [2, 2, 1, 1, 1]
+        assert (blocks_together(size), blocks_together(4 * size)) == (2, 1)
+        patch.setattr(sharding, "GATHERED", 2 * size + 1)
+        assert [len(group) for group in grouped(blocks)] == [3, 2, 1, 1]
+        assert blocks_together(size) == 3
+    assert [block for group in grouped(blocks) for block in group] == [*blocks.values()]
 
 
 # Refusals

@@ -11,7 +11,7 @@ from fake_group import Sent, fake_group
 from torch import nn
 
 import minilora
-from minilora.distributed import shard
+from minilora.distributed import shard, sharding
 from minilora.reports.memory import nf4_bytes
 from minilora.reports.parameter_groups import nf4_parts
 from minilora.reports.several_gpus import BUCKET, SeveralGPUs
@@ -130,13 +130,16 @@ def shard_bytes(parameter: Any) -> int:
     return int(parameter.to_local().nbytes)
 
 
-def test_the_root_and_one_block_are_whole_while_a_block_computes(
-    tiny_llama: Callable[..., Any],
+@pytest.mark.parametrize("together", [1, 2])
+def test_the_root_and_one_group_are_whole_while_a_block_computes(
+    together: int, tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next block is in the buffer of an all-gather, and is not yet seen here."""
     ranks, ids = 2, torch.arange(12).reshape(2, 6)
     plan = minilora.plan(tiny_llama(), r=4)
     root, (block,) = plan.groups.root, plan.groups.blocks
+    # Two blocks are all that there are.
+    monkeypatch.setattr(sharding, "GATHERED", together * block.shard_bytes(1))
     with fake_group(ranks):
         model = shard(changed(tiny_llama(), {"r": 4})).train()
         whole = count_in_each_mlp(model)
@@ -144,11 +147,11 @@ def test_the_root_and_one_block_are_whole_while_a_block_computes(
         del model
 
     # Forward and backward, of two blocks.
-    assert whole == [root.shard_bytes(1) + block.shard_bytes(1)] * 4
+    assert whole == [root.shard_bytes(1) + together * block.shard_bytes(1)] * 4
     gathered = plan.on_gpus(ranks).sharded.held["gathered"]
     # A parameter of one element is gathered as one from each rank.
-    padding = 2 * 2 * 4 * 7
-    two = 2 * (block.shard_bytes(1) + block.gradient_bytes(1))
+    padding = together * 2 * 2 * 4 * 7
+    two = 2 * together * (block.shard_bytes(1) + block.gradient_bytes(1))
     assert 0 <= gathered - root.shard_bytes(1) - two <= padding
 
 
@@ -196,7 +199,10 @@ def test_computing_as_fast_as_sending_hides_nothing_more(checkpointing: bool) ->
     assert found.ddp.hidden_up_to(bandwidth) == pytest.approx(ddp)
 
     root = 3 * plan.groups.root.shard_bytes(gpus)
-    assert found.sharded.exposed == root + gather + scatter
+    # Of the first group of blocks and the last.
+    together = -(-sharding.GATHERED // block.shard_bytes(1))
+    assert together > 1
+    assert found.sharded.exposed == root + together * (gather + scatter)
     assert found.sharded.hidden_up_to(2 * bandwidth) == pytest.approx(2 * speed)
 
 
