@@ -28,6 +28,14 @@ every_kind = pytest.mark.parametrize(
     ("name", "quantized"), KINDS, ids=[f"{n}-{'nf4' if q else 'dense'}" for n, q in KINDS]
 )
 
+# Compiling takes seconds for each.
+COMPILED = [("llama", True), ("t5", True)]
+some_kinds = pytest.mark.parametrize(
+    ("name", "quantized"),
+    [pytest.param(*k, marks=[] if k in COMPILED else [pytest.mark.soak]) for k in KINDS],
+    ids=[f"{n}-{'nf4' if q else 'dense'}" for n, q in KINDS],
+)
+
 Run = Callable[[nn.Module], Tensor]
 
 
@@ -133,7 +141,7 @@ def test_a_deep_copy_and_a_pickle_compute_the_same(name: str, quantized: bool) -
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own tracing
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@every_kind
+@some_kinds
 def test_a_compiled_model_follows_inject_use_disabled_and_eject(name: str, quantized: bool) -> None:
     torch._dynamo.reset()
     model, run = make(name, quantized)
@@ -266,6 +274,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.soak
 def test_two_processes_of_fully_shard_train_as_one(tmp_path: Any) -> None:
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)

@@ -21,6 +21,12 @@ BUDGET: dict[str, Any] = json.loads((TOOLS / "sass_budget.json").read_text())
 # Bytes of shared memory that a program may have.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TARGETS = pytest.mark.parametrize("target", SHARED)
+# All kernels for one target take a minute.
+IN_SOAK = {"sm_100"}
+ALL_KERNELS = pytest.mark.parametrize(
+    "target",
+    [pytest.param(t, marks=[pytest.mark.soak] if t in IN_SOAK else []) for t in SHARED],
+)
 
 KERNELS = {
     "_quantize",
@@ -75,7 +81,7 @@ def faults(row: dict[str, Any], target: str) -> list[str]:
     return [f"{row['case']}: {row['kernel']}: {fault}" for fault, kept in rules.items() if not kept]
 
 
-@TARGETS
+@ALL_KERNELS
 def test_every_kernel_in_every_configuration_compiles_well(target: str) -> None:
     rows = gate(target)["rows"]
     assert len(rows) >= 25

@@ -79,7 +79,13 @@ def failing(run: Run, memory: FailingAllocator) -> Callable[[], Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("page", "accumulated"), [("on_oom", 0), ("on_oom", 2), ("always", 2), ("never", 0)]
+    ("page", "accumulated"),
+    [
+        ("on_oom", 0),
+        ("always", 2),
+        pytest.param("on_oom", 2, marks=pytest.mark.soak),
+        pytest.param("never", 0, marks=pytest.mark.soak),
+    ],
 )
 def test_the_retried_step_is_one_that_never_failed_wherever_it_failed(
     page: str, accumulated: int

@@ -183,7 +183,18 @@ def test_the_best_rate_is_the_lowest_point_of_a_parabola() -> None:
 LARGE = ("demo, ", "bits, ", "untrained, ")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "qlora"])
+# Their short runs take as long as all others together.
+LONG = ("rank", "double_quantization")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.soak] if name in LONG else [])
+        for name in NAMES
+        if name != "qlora"
+    ],
+)
 def test_a_short_run_finds_the_numbers_that_are_stored(name: str) -> None:
     module = reproduce.experiment(name)
     found = module.run(0, True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minilora.training import FinetuneConfig, finetune, hold_out, recipe
+from minilora.training import FinetuneConfig, finetune, hold_out, preparing
 
 Configure = Callable[..., FinetuneConfig]
 
@@ -16,13 +16,13 @@ Configure = Callable[..., FinetuneConfig]
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The models that were loaded."""
     calls: list[Any] = []
-    load = recipe.load_base
+    load = preparing.load_base
 
     def spy(*args: Any, **options: Any) -> Any:
         calls.append(args)
         return load(*args, **options)
 
-    monkeypatch.setattr(recipe, "load_base", spy)
+    monkeypatch.setattr(preparing, "load_base", spy)
     return calls
 
 
