@@ -20,15 +20,6 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    pytest.importorskip("playwright", reason="the browser is driven by playwright")
-    if not browser.CHROMIUM:
-        pytest.skip("there is no chromium here")
-    with browser.chromium() as chromium:
-        yield chromium
-
-
-@pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     with browser.served() as address:
         yield f"{address}calculator/"

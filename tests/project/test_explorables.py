@@ -37,21 +37,6 @@ INT4 = torch.arange(-7, 8) / 7
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with browser.served() as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    pytest.importorskip("playwright", reason="the browser is driven by playwright")
-    if not browser.CHROMIUM:
-        pytest.skip("there is no chromium here")
-    with browser.chromium() as chromium:
-        yield chromium
-
-
-@pytest.fixture(scope="module")
 def level_functions(chromium: Any, address: str) -> Iterator[Any]:
     """A page whose functions are called, and that nobody changes."""
     yield from opened(chromium, address + LEVELS, DRAWN[LEVELS])

@@ -109,23 +109,6 @@ class Visit:
     cut: list[str] = field(default_factory=list)
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with browser.served() as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    pytest.importorskip(
-        "playwright", reason="the browser is driven by playwright: pip install -e .[docs]"
-    )
-    if not browser.CHROMIUM:
-        pytest.skip("there is no chromium here")
-    with browser.chromium() as chromium:
-        yield chromium
-
-
 # Pages that are open at the same time: while one waits until no request is left, others load.
 AT_ONCE = 8
 JSON = "application/json"
