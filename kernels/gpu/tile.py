@@ -16,31 +16,131 @@ from torch import Tensor
 
 from ..reference.nf4 import PackedWeight
 from . import runtime
+from .block_table import decode_with_table, table_ptx
 from .nf4 import decode, load_scale
 from .runtime import LowRank, launch, tables, term_of, tl, triton
 
 
 @triton.jit
-def _decode_tile(
-    rows, first, weight, tables, O, I,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr,
+def _forward(
+    x_ptr, weight, tables, bias_ptr, term, y_ptr, M, O, I, stride,
+    BLOCK: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
-    """W[rows, first : first + WIDTH] in DTYPE: [len(rows), WIDTH], zero below the last row of W."""
-    BLOCKS: tl.constexpr = WIDTH // BLOCK if WIDTH > BLOCK else 1
-    ROWS: tl.constexpr = rows.shape[0]
-    inside = (rows < O)[:, None]
-    start = rows.to(tl.int64)[:, None] * I + first
+    """y[tile] = scale * left right^T + x W^T + bias, one tile [BM, BO] per program."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    m, o, _, acc = _start(term, M, O, BM, BO, BR)
 
-    words = start // 8 + tl.arange(0, WIDTH // 8)[None, :]
-    word = tl.load(weight.packed.to(tl.pointer_type(tl.int32)) + words, mask=inside, other=0)
-    b = start // BLOCK + tl.arange(0, BLOCKS)[None, :]
-    scale = load_scale(b, inside, weight, tables.map8)
+    xs = x_ptr + m.to(tl.int64)[:, None] * stride + tl.arange(0, BI)[None, :]
+    absmax = _load_absmax(o, 0, weight, tables, O, I, BLOCK, BI)
+    for k in range(0, I, BI):
+        x = tl.load(xs + k, mask=(m < M)[:, None], other=0.0)
+        word = _load_words(o, k, weight, O, I, BI)
+        W = _decode_tile(word, absmax, tables, dtype, PTX)
+        acc = tl.dot(x, tl.trans(W), acc)
 
-    word = tl.reshape(word, (ROWS, BLOCKS, WIDTH // 8 // BLOCKS))
-    W = tl.reshape(decode(word, scale[:, :, None], tables.levels), (ROWS, WIDTH))
+        # The next tile's, or the last one's again, on its way while this one is multiplied.
+        absmax = _load_absmax(o, tl.minimum(k + BI, I - BI), weight, tables, O, I, BLOCK, BI)
 
-    # After the reshape: triton 3.6 fails to compile the product of a transposed reshape.
-    return W.to(DTYPE)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+    ys = y_ptr + m.to(tl.int64)[:, None] * O + o[None, :]
+    tl.store(ys, acc.to(dtype), mask=(m < M)[:, None] & (o < O)[None, :])
+
+
+@triton.jit
+def _backward(
+    dy_ptr, weight, tables, term, dx_ptr, M, O, I, stride,
+    BLOCK: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """dx[tile] = scale * left right^T + dy W, one tile [BM, BI] per program."""
+    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    m, i, first, acc = _start(term, M, I, BM, BI, BR)
+
+    absmax = _load_absmax(tl.arange(0, BO), first, weight, tables, O, I, BLOCK, BI)
+    for k in range(0, O, BO):
+        o = k + tl.arange(0, BO)
+        dys = dy_ptr + m.to(tl.int64)[:, None] * stride + o[None, :]
+        dy = tl.load(dys, mask=(m < M)[:, None] & (o < O)[None, :], other=0.0)
+        word = _load_words(o, first, weight, O, I, BI)
+        W = _decode_tile(word, absmax, tables, dtype, PTX)
+        acc = tl.dot(dy, W, acc)
+        # As in `_forward`.
+        absmax = _load_absmax(o + BO, first, weight, tables, O, I, BLOCK, BI)
+
+    dxs = dx_ptr + m.to(tl.int64)[:, None] * I + i[None, :]
+    tl.store(dxs, acc.to(dtype), mask=(m < M)[:, None])
+
+
+@triton.jit
+def _load_words(o, first, weight, O, I, WIDTH: tl.constexpr):
+    """The words of W[o, first : first + WIDTH], int32 [len(o), WIDTH / 8]; 0 below the last row."""
+    start = (o.to(tl.int64)[:, None] * I + first) // 8
+
+    # `first` and I are multiples of WIDTH: so a thread may copy 16 bytes at a time.
+    words = tl.multiple_of(start, (WIDTH // 8, WIDTH // 8)) + tl.arange(0, WIDTH // 8)[None, :]
+    packed = weight.packed.to(tl.pointer_type(tl.int32))
+    return tl.load(packed + words, mask=(o < O)[:, None], other=0)
+
+
+@triton.jit
+def _load_absmax(
+    o, first, weight, tables, O, I, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The absmax of the blocks of W[o, first : first + WIDTH], float32 [len(o), blocks]."""
+    b = (o.to(tl.int64) * I + first) // BLOCK
+    inside = o < O
+    if WIDTH <= BLOCK:
+        # Not a matrix of one column, for which triton 3.6 lays out the whole tile by columns.
+        return load_scale(b, inside, weight, tables.map8)[:, None]
+    else:  # noqa: RET505 - Triton drops the branch that is not taken, but not what follows a return
+        blocks = b[:, None] + tl.arange(0, WIDTH // BLOCK)[None, :]
+        return load_scale(blocks, inside[:, None], weight, tables.map8)
+
+
+@triton.jit
+def _decode_tile(word, absmax, tables, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The weights of words [R, C] in DTYPE, rounded once: absmax [R, blocks] -> [R, 8 C]."""
+    ROWS: tl.constexpr = word.shape[0]
+    WORDS: tl.constexpr = word.shape[1]
+    BLOCKS: tl.constexpr = absmax.shape[1]
+    if PTX is not None:
+        # One absmax for every four words.
+        REPEATS: tl.constexpr = WORDS // 4 // BLOCKS
+        each = tl.broadcast_to(absmax[:, :, None], (ROWS, BLOCKS, REPEATS))
+        return decode_with_table(word, tl.reshape(each, (ROWS, WORDS // 4)), DTYPE, PTX)
+    else:  # noqa: RET505 - as above
+        word = tl.reshape(word, (ROWS, BLOCKS, WORDS // BLOCKS))
+        W = tl.reshape(decode(word, absmax[:, :, None], tables.levels), (ROWS, 8 * WORDS))
+
+        # After the reshape: triton 3.6 fails to compile the product of a transposed reshape.
+        return W.to(DTYPE)
+
+
+@triton.jit
+def _start(term, M, N, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+    """The rows, columns and first column of a program's tile, and the term to which it adds."""
+    tile_m, tile_n = _tile_of(M, N, BM, BN)
+    first = tile_n * BN
+    m, n = tile_m * BM + tl.arange(0, BM), first + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
+    if term is not None:
+        acc = _low_rank(term, m, n, M, N, BR)
+    return m, n, first, acc
+
+
+@triton.jit
+def _tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr):
+    """Which tile this program computes.
+
+    Eight tiles of rows take turns in a column, so that they find W in the L2 cache.
+    """
+    across, down = tl.cdiv(N, BN), tl.cdiv(M, BM)
+    program = tl.program_id(0)
+    group = program // (8 * across)
+    height = tl.minimum(down - 8 * group, 8)
+    return 8 * group + program % (8 * across) % height, program % (8 * across) // height
 
 
 @triton.jit
@@ -60,69 +160,6 @@ def _low_rank(term, rows, columns, M, N, BR: tl.constexpr):
     return acc * term.scale
 
 
-@triton.jit
-def _tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr):
-    """Which tile this program computes.
-
-    Eight tiles of rows take turns in a column, so that they find W in the L2 cache.
-    """
-    across, down = tl.cdiv(N, BN), tl.cdiv(M, BM)
-    program = tl.program_id(0)
-    group = program // (8 * across)
-    height = tl.minimum(down - 8 * group, 8)
-    return 8 * group + program % (8 * across) % height, program % (8 * across) // height
-
-
-@triton.jit
-def _start(term, M, N, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
-    """The rows and columns of this program's tile, and the low-rank term, to which it adds."""
-    m, n = _tile_of(M, N, BM, BN)
-    rows, columns = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
-    acc = tl.zeros((BM, BN), tl.float32)
-    if term is not None:
-        acc = _low_rank(term, rows, columns, M, N, BR)
-    return n * BN, rows, columns, acc
-
-
-@triton.jit
-def _forward(
-    x_ptr, weight, tables, bias_ptr, term, y_ptr, M, O, I, stride,
-    BLOCK: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """y[tile] = scale * left right^T + x W^T + bias, one tile [BM, BO] per program."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    _, rows, columns, acc = _start(term, M, O, BM, BO, BR)
-
-    at = x_ptr + rows.to(tl.int64)[:, None] * stride + tl.arange(0, BI)[None, :]
-    for k in range(0, I, BI):
-        W = _decode_tile(columns, k, weight, tables, O, I, BLOCK, BI, dtype)
-        acc = tl.dot(tl.load(at + k, mask=(rows < M)[:, None], other=0.0), tl.trans(W), acc)
-
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + columns, mask=columns < O, other=0.0).to(tl.float32)[None, :]
-    mask = (rows < M)[:, None] & (columns < O)[None, :]
-    tl.store(y_ptr + rows.to(tl.int64)[:, None] * O + columns[None, :], acc.to(dtype), mask=mask)
-
-
-@triton.jit
-def _backward(
-    dy_ptr, weight, tables, term, dx_ptr, M, O, I, stride,
-    BLOCK: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """dx[tile] = scale * left right^T + dy W, one tile [BM, BI] per program."""
-    dtype: tl.constexpr = dy_ptr.dtype.element_ty
-    first, rows, columns, acc = _start(term, M, I, BM, BI, BR)
-
-    for k in range(0, O, BO):
-        o = k + tl.arange(0, BO)
-        at = dy_ptr + rows.to(tl.int64)[:, None] * stride + o[None, :]
-        W = _decode_tile(o, first, weight, tables, O, I, BLOCK, BI, dtype)
-        acc = tl.dot(tl.load(at, mask=(rows < M)[:, None] & (o < O)[None, :], other=0.0), W, acc)
-
-    where = dx_ptr + rows.to(tl.int64)[:, None] * I + columns[None, :]
-    tl.store(where, acc.to(dtype), mask=(rows < M)[:, None])
-
-
 def tile_forward(
     x: Tensor,
     w: PackedWeight,
@@ -137,7 +174,7 @@ def tile_forward(
     grid = (triton.cdiv(M, choice["BM"]) * triton.cdiv(O, choice["BO"]),)
     looked_up = tables(x.device, w.quant_type)
     arguments = x, w.tensors, looked_up, bias, term_of(low), y, M, O, I, x.stride(0)
-    launch(_forward, grid, *arguments, **_settings(w, low, choice))
+    launch(_forward, grid, *arguments, **_settings(x.dtype, w, low, choice))
     return y
 
 
@@ -151,23 +188,30 @@ def tile_backward(
     grid = (triton.cdiv(M, choice["BM"]) * triton.cdiv(I, choice["BI"]),)
     looked_up = tables(dy.device, w.quant_type)
     arguments = dy, w.tensors, looked_up, term_of(low), dx, M, O, I, dy.stride(0)
-    launch(_backward, grid, *arguments, **_settings(w, low, choice))
+    launch(_backward, grid, *arguments, **_settings(dy.dtype, w, low, choice))
     return dx
 
 
-def _settings(w: PackedWeight, low: LowRank | None, choice: dict[str, Any]) -> dict[str, Any]:
+def _has_ptx() -> bool:
+    # The interpreter of the tests knows byte permutes only.
+    return not (runtime.PORTABLE or triton.knobs.runtime.interpret)
+
+
+def _settings(
+    dtype: torch.dtype, w: PackedWeight, low: LowRank | None, choice: dict[str, Any]
+) -> dict[str, Any]:
     # A tensor core takes 16 columns at least.
     BR = min(64, max(16, triton.next_power_of_2(low.left.shape[1]))) if low else 0
 
     settings = {
         "BLOCK": w.block_size,
         "BR": BR,
+        "PTX": table_ptx(w.quant_type, dtype) if _has_ptx() else None,
         "BM": choice["BM"],
         "BO": choice["BO"],
         "BI": choice["BI"],
         "num_warps": choice["warps"],
         "num_stages": choice["stages"],
-        "enable_fp_fusion": True,
     }
     if not runtime.PORTABLE:
         # Left to itself, NVIDIA's assembler aims at more programs at once and spills for it.
