@@ -129,7 +129,7 @@ def _choice(direction: str, x: Tensor, w: PackedWeight, given: Choice | None) ->
     # On tensor cores float32 would lose bits; words are loaded from addresses that 4 divides.
     fusable = x.dtype in HALVES and x.numel() > 0 and w.packed.data_ptr() % 4 == 0
     if given is None:
-        return choose(direction, M, O, I, w.block_size) if fusable else {"path": "dense"}
+        return choose(direction, M, O, I, w.block_size, x.device) if fusable else {"path": "dense"}
 
     fits = takes(given, M, I, w.block_size) and (fusable or given["path"] == "dense")
     if not fits:
