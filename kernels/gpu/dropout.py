@@ -11,16 +11,17 @@ _COUNTERS = 2048
 
 
 @triton.jit
-def _dropout(x, y, n, quarter, seed, threshold, scale, COUNTERS: tl.constexpr):
+def _dropout(x_ptr, y_ptr, n, quarter, seed, threshold, scale, COUNTERS: tl.constexpr):
     """The elements c, c + quarter, c + 2 quarter and c + 3 quarter of COUNTERS counters c."""
     c = tl.program_id(0) * COUNTERS + tl.arange(0, COUNTERS)
     words = tl.randint4x(seed, c)
     for j in tl.static_range(4):
         i = c.to(tl.int64) + j * quarter
         mask = (c < quarter) & (i < n)
-        value = tl.load(x + i, mask=mask).to(tl.float32) * scale
+        value = tl.load(x_ptr + i, mask=mask).to(tl.float32) * scale
         keep = words[j].to(tl.uint32, bitcast=True).to(tl.int64) >= threshold
-        tl.store(y + i, tl.where(keep, value, 0.0).to(y.dtype.element_ty), mask=mask)
+        kept = tl.where(keep, value, 0.0).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + i, kept, mask=mask)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:

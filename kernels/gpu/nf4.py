@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..reference import codebooks
 from ..reference import nf4 as reference
-from ..reference.nf4 import PackedWeight
+from ..reference.nf4 import PackedWeight, Parts
 from .runtime import (
     FLOATS,
     PORTABLE,
@@ -66,16 +66,16 @@ def _reciprocal(absmax):
 
 @triton.jit
 def _quantize(
-    x, packed, absmax, n,
+    x_ptr, packed_ptr, absmax_ptr, n,
     THRESHOLDS: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """A program quantizes BLOCKS blocks. Each threshold below y adds its step to the code."""
     b = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     i = b[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # [BLOCKS, BLOCK]
-    w = tl.load(x + i, mask=i < n, other=0.0).to(tl.float32)
+    w = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
 
     largest = tl.max(tl.abs(w), axis=1)
-    tl.store(absmax + b, largest, mask=b * BLOCK < n)
+    tl.store(absmax_ptr + b, largest, mask=b * BLOCK < n)
     y = w * _reciprocal(largest)[:, None]
 
     q = tl.full((BLOCKS, BLOCK), STEPS[0], tl.int32)
@@ -84,7 +84,7 @@ def _quantize(
 
     first, second = tl.split(tl.reshape(q, (BLOCKS, BLOCK // 2, 2)))
     byte = b[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    tl.store(packed + byte, (first << 4 | second).to(tl.uint8), mask=2 * byte < n)
+    tl.store(packed_ptr + byte, (first << 4 | second).to(tl.uint8), mask=2 * byte < n)
 
 
 def quantize(x: Tensor, block_size: int, quant_type: str = "nf4") -> tuple[Tensor, Tensor]:
@@ -109,23 +109,25 @@ def quantize(x: Tensor, block_size: int, quant_type: str = "nf4") -> tuple[Tenso
 
 
 @triton.jit
-def _double_quantize(absmax, offset, map8, codes, absmax2, n, GROUP: tl.constexpr):
+def _double_quantize(
+    absmax_ptr, offset_ptr, map8_ptr, codes_ptr, absmax2_ptr, n, GROUP: tl.constexpr
+):
     """A program quantizes one group. The code is the number of thresholds below y, by bisection."""
     g = tl.program_id(0)
     b = g * GROUP + tl.arange(0, GROUP)
-    a = tl.load(absmax + b, mask=b < n, other=0.0) - tl.load(offset)
+    a = tl.load(absmax_ptr + b, mask=b < n, other=0.0) - tl.load(offset_ptr)
     a = tl.where(b < n, a, 0.0)
 
     largest = tl.max(tl.abs(a), axis=0)
-    tl.store(absmax2 + g, largest)
+    tl.store(absmax2_ptr + g, largest)
     y = a * _reciprocal(largest)
 
     code = tl.zeros((GROUP,), tl.int32)
     for k in tl.static_range(8):
-        below = map8 + code + ((128 >> k) - 1)
+        below = map8_ptr + code + ((128 >> k) - 1)
         code += tl.where(y > (tl.load(below) + tl.load(below + 1)) * 0.5, 128 >> k, 0)
     code = tl.where(largest == 0, 0, code)
-    tl.store(codes + b, code.to(tl.uint8), mask=b < n)
+    tl.store(codes_ptr + b, code.to(tl.uint8), mask=b < n)
 
 
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,15 +146,15 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @triton.jit
-def load_scale(b, mask, absmax, absmax2, offset, map8, DOUBLE: tl.constexpr):
+def load_scale(b, mask, weight, map8):
     """The absmax of blocks b, float32: stored, or map8[code] * absmax2 + offset, two roundings."""
-    if DOUBLE:
-        code = tl.load(absmax + b, mask=mask, other=0).to(tl.int32)
+    if weight.absmax2 is not None:
+        code = tl.load(weight.absmax + b, mask=mask, other=0).to(tl.int32)
         value = tl.load(map8 + code)
-        scale = tl.load(absmax2 + b // GROUP, mask=mask, other=0.0)
-        return value * scale + tl.load(offset)
+        scale = tl.load(weight.absmax2 + b // GROUP, mask=mask, other=0.0)
+        return value * scale + tl.load(weight.offset)
     else:  # noqa: RET505 - Triton drops the branch that is not taken, but not what follows a return
-        return tl.load(absmax + b, mask=mask, other=0.0)
+        return tl.load(weight.absmax + b, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -178,35 +180,36 @@ def decode(word, scale, levels):
 
 @triton.jit
 def _dequantize(
-    packed, absmax, absmax2, offset, levels, map8, out, n, row, gap,
-    BLOCK: tl.constexpr, DOUBLE: tl.constexpr, WHOLE: tl.constexpr, GAP: tl.constexpr,
+    out_ptr, weight, tables, n, row, gap,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, GAP: tl.constexpr,
     WORDS: tl.constexpr, TIMES: tl.constexpr,
 ):  # fmt: skip
     """A program dequantizes WORDS * TIMES words.
 
     WHOLE: n is a multiple of 8 and `packed` aligned, so words are loaded as such.
-    GAP: after every `row` words, `gap` words of `out` are left out.
+    GAP: after every `row` words, `gap` words of the output are left out.
     """
     first = tl.program_id(0).to(tl.int64) * (WORDS * TIMES)
     for t in tl.static_range(TIMES):
         o = first + t * WORDS + tl.arange(0, WORDS)
         inside = 8 * o < n
         if WHOLE:
-            word = tl.load(packed.to(tl.pointer_type(tl.int32)) + o, mask=inside, other=0)
+            word = tl.load(weight.packed.to(tl.pointer_type(tl.int32)) + o, mask=inside, other=0)
         else:
             word = tl.zeros((WORDS,), tl.int32)
             for k in tl.static_range(4):
                 byte = 4 * o + k
-                word |= tl.load(packed + byte, mask=2 * byte < n, other=0).to(tl.int32) << 8 * k
+                code = tl.load(weight.packed + byte, mask=2 * byte < n, other=0)
+                word |= code.to(tl.int32) << 8 * k
 
-        scale = load_scale(o // (BLOCK // 8), inside, absmax, absmax2, offset, map8, DOUBLE)
-        w = tl.reshape(decode(word, scale, levels).to(out.dtype.element_ty), (WORDS, 8))
+        scale = load_scale(o // (BLOCK // 8), inside, weight, tables.map8)
+        w = decode(word, scale, tables.levels).to(out_ptr.dtype.element_ty)
 
         i = 8 * o[:, None] + tl.arange(0, 8)[None, :]
         mask = inside[:, None] if WHOLE else i < n
         if GAP:
             i += 8 * gap * (o.to(tl.int32) // row).to(tl.int64)[:, None]
-        tl.store(out + i, w, mask=mask)
+        tl.store(out_ptr + i, tl.reshape(w, (WORDS, 8)), mask=mask)
 
 
 def dequantize_into(out: Tensor, w: PackedWeight) -> None:
@@ -229,12 +232,11 @@ def dequantize_into(out: Tensor, w: PackedWeight) -> None:
             )
         row, gap = width // 8, (stride - width) // 8
 
-    looked_up = tables(w.device, w.quant_type)
     whole = n % 8 == 0 and w.packed.data_ptr() % 4 == 0
     grid = (triton.cdiv(n, 8 * _WORDS * _TIMES),)
     launch(
-        _dequantize, grid, *w.tensors, looked_up.levels, looked_up.map8, out, n, row, gap,
-        BLOCK=w.block_size, DOUBLE=w.double_quantized, WHOLE=whole, GAP=gaps,
+        _dequantize, grid, out, w.tensors, tables(w.device, w.quant_type), n, row, gap,
+        BLOCK=w.block_size, WHOLE=whole, GAP=gaps,
         WORDS=_WORDS, TIMES=_TIMES, num_warps=_WARPS,
     )  # fmt: skip
 
@@ -252,10 +254,10 @@ def dequantize(w: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def _double_dequantize(codes, absmax2, offset, map8, out, n, BLOCKS: tl.constexpr):
+def _double_dequantize(out_ptr, weight, map8_ptr, n, BLOCKS: tl.constexpr):
+    """A program computes BLOCKS absmax of a weight, of which it needs no codes."""
     b = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    absmax = load_scale(b, b < n, codes, absmax2, offset, map8, DOUBLE=True)
-    tl.store(out + b, absmax, mask=b < n)
+    tl.store(out_ptr + b, load_scale(b, b < n, weight, map8_ptr), mask=b < n)
 
 
 def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
@@ -265,8 +267,8 @@ def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     check("offset", offset, (torch.float32,), codes.device)
 
     out = torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
-    table = map8(codes.device)
-    arguments = codes.contiguous(), absmax2.contiguous(), offset, table, out, out.numel()
+    weight = Parts(None, codes.contiguous(), absmax2.contiguous(), offset)
+    arguments = out, weight, map8(codes.device), out.numel()
     grid = (triton.cdiv(out.numel(), 1024),)
     launch(_double_dequantize, grid, *arguments, BLOCKS=1024, num_warps=4)
     return out

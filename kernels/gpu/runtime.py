@@ -28,13 +28,14 @@ __all__ = [
     "INTERPRETED",
     "PORTABLE",
     "LowRank",
+    "Term",
     "check",
     "check_block_size",
     "check_weight",
     "launch",
     "map8",
     "tables",
-    "term_arguments",
+    "term_of",
     "tl",
     "triton",
 ]
@@ -62,11 +63,20 @@ class LowRank(NamedTuple):
     scale: float
 
 
-def term_arguments(low: LowRank | None) -> tuple[Any, ...]:
-    """Returns left, right, scale, r and the strides of right, as the kernels take them."""
-    if low is None:
-        return None, None, 0.0, 0, 0, 0
-    return *low, low.left.shape[1], *low.right.stride()
+class Term(NamedTuple):
+    """A `LowRank` as a kernel takes it, with the rank and the strides of the right factor."""
+
+    left: Any
+    right: Any
+    scale: float
+    r: int
+    right_row: int
+    right_column: int
+
+
+def term_of(low: LowRank | None) -> Term | None:
+    """Returns the kernels' argument `term`."""
+    return None if low is None else Term(*low, low.left.shape[1], *low.right.stride())
 
 
 def check(name: str, t: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
@@ -123,14 +133,12 @@ def _check_part(name: str, t: Tensor, dtype: torch.dtype, size: int, w: PackedWe
 class Tables(NamedTuple):
     """What the kernels look up on a device.
 
-    levels: the 16 levels of a quantization type, float32
+    levels: the 16 levels of a quantization type
     map8: the 256 values of the 8-bit map, float32
-    rounded: the 16 levels in float16 and in bfloat16
     """
 
-    levels: Tensor
-    map8: Tensor
-    rounded: dict[torch.dtype, Tensor]
+    levels: Any
+    map8: Any
 
 
 @functools.cache
@@ -139,20 +147,24 @@ def map8(device: torch.device) -> Tensor:
     return codebooks.MAP8.to(device)
 
 
-@functools.cache
-def tables(device: torch.device, quant_type: str) -> Tables:
-    """Returns the tables of a quantization type on a device.
+def tables(device: torch.device, quant_type: str, dtype: torch.dtype = torch.float32) -> Tables:
+    """Returns the tables of a quantization type on a device, its levels rounded to `dtype`.
 
     All are copied there at the first product or dequantization, and none later, while a CUDA graph
     may be captured.
     """
+    return _tables(device, quant_type)[dtype]
+
+
+@functools.cache
+def _tables(device: torch.device, quant_type: str) -> dict[torch.dtype, Tables]:
     levels = codebooks.levels(quant_type).to(device)
-    rounded = {dtype: levels.to(dtype) for dtype in HALVES}
-    return Tables(levels, map8(device), rounded)
+    dtypes = (torch.float32, *HALVES)
+    return {dtype: Tables(levels.to(dtype), map8(device)) for dtype in dtypes}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> None:
-    """Runs a kernel on the device of its first tensor, which need not be the current one.
+    """Runs a kernel on the device of its first argument, which need not be the current one.
 
     There is no fused multiply-add except where a kernel asks for it: the reference rounds products
     and sums separately.

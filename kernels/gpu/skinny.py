@@ -33,7 +33,7 @@ from torch import Tensor
 from ..reference.nf4 import PackedWeight
 from .nf4 import load_scale
 from .permute import level_pairs, ptx
-from .runtime import PORTABLE, LowRank, launch, tables, term_arguments, tl, triton
+from .runtime import PORTABLE, LowRank, launch, tables, term_of, tl, triton
 
 # Rows of W in a program: four warps of 16.
 ROWS = tl.constexpr(64)
@@ -64,12 +64,10 @@ def _block(word, x, levels, PTX: tl.constexpr):
 
 @triton.jit
 def _partial(
-    x, packed, absmax, absmax2, offset, levels, map8, out,
-    M, O, row_words, row_blocks, span, stride,
-    BLOCK: tl.constexpr, DOUBLE: tl.constexpr, MB: tl.constexpr, BLOCKS: tl.constexpr,
-    PTX: tl.constexpr,
+    x_ptr, weight, tables, partial_ptr, M, O, row_words, row_blocks, span, stride,
+    BLOCK: tl.constexpr, MB: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """out[s, m, o]: the sum over the s-th span of columns.
+    """partial[s, m, o]: the sum over the s-th span of columns.
 
     The sizes of a row are arguments, so that Triton sees what divides them.
     """
@@ -85,8 +83,9 @@ def _partial(
 
     # Below the last row of W: that row again, and the result is not stored.
     first_word = tl.minimum(loaded, O - 1).to(tl.int64) * row_words
-    words = packed.to(tl.pointer_type(tl.int32)) + first_word[:, None] + tl.arange(0, 8)[None, :]
-    xs = x + m.to(tl.int64)[None, :] * stride + columns[:, None]
+    words = weight.packed.to(tl.pointer_type(tl.int32))
+    words += first_word[:, None] + tl.arange(0, 8)[None, :]
+    xs = x_ptr + m.to(tl.int64)[None, :] * stride + columns[:, None]
     first_block = tl.minimum(rows, O - 1).to(tl.int64) * row_blocks
 
     acc = tl.zeros((ROWS, MB), tl.float32)
@@ -95,40 +94,41 @@ def _partial(
             at = tl.multiple_of(start, 64) + 64 * j
             word = tl.load(words + at // 8, eviction_policy="evict_first")
             b = first_block + at // BLOCK
-            scale = load_scale(b, True, absmax, absmax2, offset, map8, DOUBLE)
+            scale = load_scale(b, True, weight, tables.map8)
             xt = tl.load(xs + at, mask=(m < M)[None, :], other=0.0)
-            acc += _block(word, xt, levels, PTX) * scale[:, None]
+            acc += _block(word, xt, tables.levels, PTX) * scale[:, None]
 
-    where = out + (s * M + m).to(tl.int64)[None, :] * O + rows[:, None]
+    where = partial_ptr + (s * M + m).to(tl.int64)[None, :] * O + rows[:, None]
     tl.store(where, acc, mask=(m < M)[None, :] & (rows < O)[:, None])
 
 
 @triton.jit
 def _sum(
-    partial, bias, left, right, scale, y, M, O, r, right_row, right_column, spans,
-    BO: tl.constexpr, BR: tl.constexpr, BIAS: tl.constexpr,
+    partial_ptr, bias_ptr, term, y_ptr, M, O, spans, BO: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """y[m, o] = the partial sums in order, + bias, + scale * left right^T."""
     o, m = tl.program_id(0) * BO + tl.arange(0, BO), tl.program_id(1)
 
     acc = tl.zeros((BO,), tl.float32)
     for s in range(spans):
-        acc += tl.load(partial + (s * M + m).to(tl.int64) * O + o, mask=o < O, other=0.0)
+        acc += tl.load(partial_ptr + (s * M + m).to(tl.int64) * O + o, mask=o < O, other=0.0)
 
-    if BIAS:
-        acc += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)
 
-    if BR:
-        term = tl.zeros((BO,), tl.float32)
-        for j in range(0, r, BR):
+    if term is not None:
+        low = tl.zeros((BO,), tl.float32)
+        for j in range(0, term.r, BR):
             at = j + tl.arange(0, BR)
-            where = right + o.to(tl.int64)[:, None] * right_row + at[None, :] * right_column
-            b = tl.load(where, mask=(o < O)[:, None] & (at < r)[None, :], other=0.0)
-            a = tl.load(left + m * r + at, mask=at < r, other=0.0)
-            term += tl.sum(b.to(tl.float32) * a.to(tl.float32)[None, :], axis=1)
-        acc += term * scale
+            right = o.to(tl.int64)[:, None] * term.right_row + at[None, :] * term.right_column
+            b = tl.load(
+                term.right + right, mask=(o < O)[:, None] & (at < term.r)[None, :], other=0.0
+            )
+            a = tl.load(term.left + m * term.r + at, mask=at < term.r, other=0.0)
+            low += tl.sum(b.to(tl.float32) * a.to(tl.float32)[None, :], axis=1)
+        acc += low * term.scale
 
-    tl.store(y + m.to(tl.int64) * O + o, acc.to(y.dtype.element_ty), mask=o < O)
+    tl.store(y_ptr + m.to(tl.int64) * O + o, acc.to(y_ptr.dtype.element_ty), mask=o < O)
 
 
 def skinny_forward(x: Tensor, w: PackedWeight, bias: Tensor | None, low: LowRank | None) -> Tensor:
@@ -141,13 +141,9 @@ def skinny_forward(x: Tensor, w: PackedWeight, bias: Tensor | None, low: LowRank
     spans = partial.shape[0]
 
     y = torch.empty(M, O, dtype=x.dtype, device=x.device)
-    left, right, scale, r, *strides = term_arguments(low)
+    BR = min(64, triton.next_power_of_2(low.left.shape[1])) if low else 1
     grid = (triton.cdiv(O, 128), M)
-    launch(
-        _sum, grid, partial, bias, left, right, scale, y, M, O, r, *strides, spans,
-        BO=128, BR=min(64, triton.next_power_of_2(r)) if r else 0, BIAS=bias is not None,
-        num_warps=4,
-    )  # fmt: skip
+    launch(_sum, grid, partial, bias, term_of(low), y, M, O, spans, BO=128, BR=BR, num_warps=4)
     return y
 
 
@@ -166,12 +162,11 @@ def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
     spans = triton.cdiv(I, span)
 
     partial = torch.empty(spans, M, O, dtype=torch.float32, device=x.device)
-    looked_up = tables(x.device, w.quant_type)
+    looked_up = tables(x.device, w.quant_type, x.dtype)
     sizes = M, O, I // 8, I // w.block_size, span, x.stride(0)
     launch(
-        _partial, (tiles, spans), x, *w.tensors, looked_up.rounded[x.dtype], looked_up.map8,
-        partial, *sizes,
-        BLOCK=w.block_size, DOUBLE=w.double_quantized, MB=8 if M <= 8 else 16, BLOCKS=blocks,
+        _partial, (tiles, spans), x, w.tensors, looked_up, partial, *sizes,
+        BLOCK=w.block_size, MB=8 if M <= 8 else 16, BLOCKS=blocks,
         PTX=None if PORTABLE else ptx(w.quant_type, x.dtype), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return partial

@@ -17,13 +17,13 @@ from torch import Tensor
 from ..reference.nf4 import PackedWeight
 from . import runtime
 from .nf4 import decode, load_scale
-from .runtime import LowRank, launch, tables, term_arguments, tl, triton
+from .runtime import LowRank, launch, tables, term_of, tl, triton
 
 
 @triton.jit
 def _decode_tile(
-    rows, first, packed, absmax, absmax2, offset, levels, map8, O, I,
-    BLOCK: tl.constexpr, DOUBLE: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr,
+    rows, first, weight, tables, O, I,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """W[rows, first : first + WIDTH] in DTYPE: [len(rows), WIDTH], zero below the last row of W."""
     BLOCKS: tl.constexpr = WIDTH // BLOCK if WIDTH > BLOCK else 1
@@ -31,35 +31,33 @@ def _decode_tile(
     inside = (rows < O)[:, None]
     start = rows.to(tl.int64)[:, None] * I + first
 
-    words = packed.to(tl.pointer_type(tl.int32)) + start // 8 + tl.arange(0, WIDTH // 8)[None, :]
-    word = tl.load(words, mask=inside, other=0)
+    words = start // 8 + tl.arange(0, WIDTH // 8)[None, :]
+    word = tl.load(weight.packed.to(tl.pointer_type(tl.int32)) + words, mask=inside, other=0)
     b = start // BLOCK + tl.arange(0, BLOCKS)[None, :]
-    scale = load_scale(b, inside, absmax, absmax2, offset, map8, DOUBLE)
+    scale = load_scale(b, inside, weight, tables.map8)
 
     word = tl.reshape(word, (ROWS, BLOCKS, WIDTH // 8 // BLOCKS))
-    W = tl.reshape(decode(word, scale[:, :, None], levels), (ROWS, WIDTH))
+    W = tl.reshape(decode(word, scale[:, :, None], tables.levels), (ROWS, WIDTH))
 
     # After the reshape: triton 3.6 fails to compile the product of a transposed reshape.
     return W.to(DTYPE)
 
 
 @triton.jit
-def _low_rank(
-    left, right, scale, rows, columns, M, N, r, right_row, right_column, BR: tl.constexpr,
-):  # fmt: skip
+def _low_rank(term, rows, columns, M, N, BR: tl.constexpr):
     """scale * left[rows] @ right[columns]^T in float32: left [M, r], right [N, r]."""
     acc = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    for j in range(0, r, BR):
+    for j in range(0, term.r, BR):
         at = j + tl.arange(0, BR)
-        inside = (at < r)[None, :]
+        inside = (at < term.r)[None, :]
 
-        where = left + rows.to(tl.int64)[:, None] * r + at[None, :]
-        a = tl.load(where, mask=(rows < M)[:, None] & inside, other=0.0)
+        left = rows.to(tl.int64)[:, None] * term.r + at[None, :]
+        a = tl.load(term.left + left, mask=(rows < M)[:, None] & inside, other=0.0)
 
-        where = right + columns.to(tl.int64)[:, None] * right_row + at[None, :] * right_column
-        b = tl.load(where, mask=(columns < N)[:, None] & inside, other=0.0)
+        right = columns.to(tl.int64)[:, None] * term.right_row + at[None, :] * term.right_column
+        b = tl.load(term.right + right, mask=(columns < N)[:, None] & inside, other=0.0)
         acc = tl.dot(a, tl.trans(b), acc)
-    return acc * scale
+    return acc * term.scale
 
 
 @triton.jit
@@ -76,69 +74,52 @@ def _tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _start(
-    left, right, scale, M, N, r, right_row, right_column,
-    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
+def _start(term, M, N, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
     """The rows and columns of this program's tile, and the low-rank term, to which it adds."""
     m, n = _tile_of(M, N, BM, BN)
     rows, columns = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), tl.float32)
-    if BR:
-        acc = _low_rank(left, right, scale, rows, columns, M, N, r, right_row, right_column, BR)
+    if term is not None:
+        acc = _low_rank(term, rows, columns, M, N, BR)
     return n * BN, rows, columns, acc
 
 
 @triton.jit
 def _forward(
-    x, packed, absmax, absmax2, offset, levels, map8, bias, left, right, scale, y,
-    M, O, I, r, right_row, right_column, stride,
-    BLOCK: tl.constexpr, DOUBLE: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr,
-    BI: tl.constexpr, BR: tl.constexpr, BIAS: tl.constexpr,
+    x_ptr, weight, tables, bias_ptr, term, y_ptr, M, O, I, stride,
+    BLOCK: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """y[tile] = scale * left right^T + x W^T + bias, one tile [BM, BO] per program."""
-    dtype: tl.constexpr = x.dtype.element_ty
-    _, rows, columns, acc = _start(
-        left, right, scale, M, O, r, right_row, right_column, BM, BO, BR
-    )  # fmt: skip
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    _, rows, columns, acc = _start(term, M, O, BM, BO, BR)
 
-    at = x + rows.to(tl.int64)[:, None] * stride + tl.arange(0, BI)[None, :]
+    at = x_ptr + rows.to(tl.int64)[:, None] * stride + tl.arange(0, BI)[None, :]
     for k in range(0, I, BI):
-        W = _decode_tile(
-            columns, k, packed, absmax, absmax2, offset, levels, map8, O, I,
-            BLOCK, DOUBLE, BI, dtype,
-        )  # fmt: skip
+        W = _decode_tile(columns, k, weight, tables, O, I, BLOCK, BI, dtype)
         acc = tl.dot(tl.load(at + k, mask=(rows < M)[:, None], other=0.0), tl.trans(W), acc)
 
-    if BIAS:
-        acc += tl.load(bias + columns, mask=columns < O, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + columns, mask=columns < O, other=0.0).to(tl.float32)[None, :]
     mask = (rows < M)[:, None] & (columns < O)[None, :]
-    tl.store(y + rows.to(tl.int64)[:, None] * O + columns[None, :], acc.to(dtype), mask=mask)
+    tl.store(y_ptr + rows.to(tl.int64)[:, None] * O + columns[None, :], acc.to(dtype), mask=mask)
 
 
 @triton.jit
 def _backward(
-    dy, packed, absmax, absmax2, offset, levels, map8, left, right, scale, dx,
-    M, O, I, r, right_row, right_column, stride,
-    BLOCK: tl.constexpr, DOUBLE: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr,
-    BI: tl.constexpr, BR: tl.constexpr,
+    dy_ptr, weight, tables, term, dx_ptr, M, O, I, stride,
+    BLOCK: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """dx[tile] = scale * left right^T + dy W, one tile [BM, BI] per program."""
-    dtype: tl.constexpr = dy.dtype.element_ty
-    first, rows, columns, acc = _start(
-        left, right, scale, M, I, r, right_row, right_column, BM, BI, BR
-    )  # fmt: skip
+    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    first, rows, columns, acc = _start(term, M, I, BM, BI, BR)
 
     for k in range(0, O, BO):
         o = k + tl.arange(0, BO)
-        at = dy + rows.to(tl.int64)[:, None] * stride + o[None, :]
-        W = _decode_tile(
-            o, first, packed, absmax, absmax2, offset, levels, map8, O, I,
-            BLOCK, DOUBLE, BI, dtype,
-        )  # fmt: skip
+        at = dy_ptr + rows.to(tl.int64)[:, None] * stride + o[None, :]
+        W = _decode_tile(o, first, weight, tables, O, I, BLOCK, BI, dtype)
         acc = tl.dot(tl.load(at, mask=(rows < M)[:, None] & (o < O)[None, :], other=0.0), W, acc)
 
-    where = dx + rows.to(tl.int64)[:, None] * I + columns[None, :]
+    where = dx_ptr + rows.to(tl.int64)[:, None] * I + columns[None, :]
     tl.store(where, acc.to(dtype), mask=(rows < M)[:, None])
 
 
@@ -155,12 +136,8 @@ def tile_forward(
 
     grid = (triton.cdiv(M, choice["BM"]) * triton.cdiv(O, choice["BO"]),)
     looked_up = tables(x.device, w.quant_type)
-    left, right, scale, *sizes = term_arguments(low)
-    launch(
-        _forward, grid, x, *w.tensors, looked_up.levels, looked_up.map8, bias, left, right, scale,
-        y, M, O, I, *sizes, x.stride(0),
-        BIAS=bias is not None, **_settings(w, low, choice),
-    )  # fmt: skip
+    arguments = x, w.tensors, looked_up, bias, term_of(low), y, M, O, I, x.stride(0)
+    launch(_forward, grid, *arguments, **_settings(w, low, choice))
     return y
 
 
@@ -173,12 +150,8 @@ def tile_backward(
 
     grid = (triton.cdiv(M, choice["BM"]) * triton.cdiv(I, choice["BI"]),)
     looked_up = tables(dy.device, w.quant_type)
-    left, right, scale, *sizes = term_arguments(low)
-    launch(
-        _backward, grid, dy, *w.tensors, looked_up.levels, looked_up.map8, left, right, scale,
-        dx, M, O, I, *sizes, dy.stride(0),
-        **_settings(w, low, choice),
-    )  # fmt: skip
+    arguments = dy, w.tensors, looked_up, term_of(low), dx, M, O, I, dy.stride(0)
+    launch(_backward, grid, *arguments, **_settings(w, low, choice))
     return dx
 
 
@@ -188,7 +161,6 @@ def _settings(w: PackedWeight, low: LowRank | None, choice: dict[str, Any]) -> d
 
     settings = {
         "BLOCK": w.block_size,
-        "DOUBLE": w.double_quantized,
         "BR": BR,
         "BM": choice["BM"],
         "BO": choice["BO"],

@@ -18,7 +18,7 @@ the high nibble.
 Dimensions: n weights, b = ceil(n / block_size) blocks, g = ceil(b / 256) groups.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,15 @@ TINY = 1e-38
 GROUP = 256
 
 
+class Parts(NamedTuple):
+    """The tensors of a `PackedWeight`; in a Triton kernel their pointers."""
+
+    packed: Any
+    absmax: Any
+    absmax2: Any = None
+    offset: Any = None
+
+
 class PackedWeight(NamedTuple):
     """A 4-bit weight as the kernels take it."""
 
@@ -45,9 +54,8 @@ class PackedWeight(NamedTuple):
     quant_type: str = "nf4"  # name of the levels in `CODEBOOKS`
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """(packed, absmax, absmax2, offset)."""
-        return self[:4]
+    def tensors(self) -> Parts:
+        return Parts(self.packed, self.absmax, self.absmax2, self.offset)
 
     @property
     def double_quantized(self) -> bool:

@@ -82,13 +82,22 @@ def launches(portable: bool) -> Iterator[Launch]:
         recorded.clear()
         call()
         for kernel, args, settings in recorded:
-            kinds = tuple(a.dtype if isinstance(a, Tensor) else a for a in args)
-            key = kernel.__name__, kinds, tuple(settings.items())
+            kinds = [v.dtype if isinstance(v, Tensor) else v for _, v in leaves(args)]
+            key = kernel.__name__, *kinds, *settings.items()
 
             # Not twice: the dense path dequantizes as `dequantize` does.
             if key not in seen:
                 seen.add(key)
                 yield Launch(case.replace("torch.", ""), kernel, args, settings)
+
+
+def leaves(value: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """The arguments of a launch with their places, those inside named tuples too."""
+    if not isinstance(value, tuple):
+        yield path, value
+        return
+    for i, part in enumerate(value):
+        yield from leaves(part, (*path, i))
 
 
 def conversions() -> Iterator[Call]:
@@ -160,24 +169,32 @@ def compiled(launch: Launch, target: str) -> Any:
     options = {k: v for k, v in settings.items() if k not in names}
 
     constexprs = {names[i] for i in kernel.constexprs}
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
 
-    for i, name in enumerate(names):
-        value = given[name]
-        if name in constexprs or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = POINTERS[value.dtype]
+    def kind(path: tuple[int, ...], value: Any) -> Any:
+        """The type of an argument, and its entries in `constants` and `attributes`."""
+        if isinstance(value, tuple):
+            return type(value)(*(kind((*path, i), part) for i, part in enumerate(value)))
+        if value is None or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, Tensor):
             # The allocator aligns; and triton sees that a tensor is under 2 GB.
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes[path] = [["tt.divisibility", 16]]
             if target.startswith("gfx"):
-                attributes[(i,)].append(["tt.pointer_range", 32])
+                attributes[path].append(["tt.pointer_range", 32])
+            return POINTERS[value.dtype]
+        if isinstance(value, int) and value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "fp32" if isinstance(value, float) else "i32"
+
+    signature: dict[str, Any] = {}
+    for i, name in enumerate(names):
+        if name in constexprs:
+            signature[name], constants[(i,)] = "constexpr", given[name]
         else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+            signature[name] = kind((i,), given[name])
 
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=TARGETS[target], options=options), given, options
