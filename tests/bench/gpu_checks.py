@@ -129,7 +129,7 @@ def paths(
         found.append({"path": "skinny"})
     for line in [*choose.lines(direction, generation()), *more]:
         sides = {k: v for k, v in line.items() if k not in ("rows", "weights")}
-        if sides["path"] == "tile" and sides["BM"] <= max(16, 2 * M) and sides not in found:
+        if sides["path"] == "tile" and sides not in found:
             found.append(sides)
     return [line for line in found if choose.takes(line, M, w.shape[1], w.block_size)]
 

@@ -44,7 +44,7 @@ def _describe(machine: dict[str, Any]) -> str:
 
 
 def _section(step: Outcome) -> Iterator[str]:
-    yield f"## {step['name'].capitalize()}\n"
+    yield f"## {step['name'][0].upper()}{step['name'][1:]}\n"
     yield f"{step['what']}\n"
     if step["error"]:
         yield f"{step['status'].capitalize()}:\n\n```text\n{step['error']}\n```\n"
@@ -54,6 +54,8 @@ def _section(step: Outcome) -> Iterator[str]:
         yield f"{each['title']}:\n\n{markdown(each)}"
     for note in result.get("notes", ()):
         yield f"{note}\n"
+    if stubbed := result.get("stubbed launches"):
+        yield f"Stubbed launches: {stubbed}.\n"
     if result.get("text"):
         yield f"```text\n{result['text'].strip()}\n```\n"
 

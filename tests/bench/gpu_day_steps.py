@@ -52,7 +52,8 @@ class Sizes:
 
 
 def table(title: str, rows: list[Result], measured: list[str]) -> Result:
-    return {"title": title, "rows": rows, "measured": measured}
+    """`measured`: the columns whose values are measured."""
+    return {"title": title, "rows": rows, "measured": list(dict.fromkeys(measured))}
 
 
 def smoke(sizes: Sizes) -> Result:
@@ -88,29 +89,31 @@ def verdict(name: str, call: Callable[[], torch.Tensor], x: torch.Tensor, W: tor
 
 
 def crossover(sizes: Sizes) -> Result:
-    """Every path at every number of rows, and cuBLAS on a bfloat16 weight."""
+    """Every path at every number of rows, and cuBLAS on a bfloat16 weight; microseconds."""
     w, dense = gpu_checks.packed_weight(*sizes.square)
     timer = gpu_clock.clock()
-    rows, faults = [], []
+    size = " x ".join(map(str, sizes.square))
+
+    tables, faults = [], []
     for direction in ("forward", "backward"):
         W = dense if direction == "forward" else dense.T
         half = W.to(torch.bfloat16)
+        rows = []
         for M in sizes.rows:
             x = gaussian(M, W.shape[1])
             sides: gpu_clock.Sides = {"cuBLAS, not quantized": lambda x=x, W=half: x @ W.T}
             for line, call in forced(direction, x, w, paths(direction, M, w)):
-                name = name_of(line)
-                found = verdict(f"{direction} M={M} {name}", call, x, W)
+                found = verdict(f"{direction} M={M} {name_of(line)}", call, x, W)
                 if found == "right":
-                    sides[name] = call
+                    sides[name_of(line)] = call
                 else:
                     faults.append(found)
-            for name, time in timer.microseconds(sides).items():
-                rows.append({"direction": direction, "rows": M, "path": name, "µs": time})
+            rows.append({"rows": M} | timer.microseconds(sides))
 
-    size = " x ".join(map(str, sizes.square))
-    title = f"{size}, all paths, the L2 cache emptied by reading"
-    return {"tables": [table(title, rows, ["µs"])], "faults": faults}
+        measured = [column for row in rows for column in row if column != "rows"]
+        title = f"{direction.capitalize()}, {size}, µs; the L2 cache is emptied by reading"
+        tables.append(table(title, rows, measured))
+    return {"tables": tables, "faults": faults}
 
 
 def tune(sizes: Sizes) -> Result:
@@ -178,7 +181,7 @@ def decode(sizes: Sizes) -> Result:
             rate = None if time is None else tokens / time
             rows.append({"how": name, "tokens per second": rate})
 
-    title = f"{sizes.decoded_layers} layers, {sizes}, rank 16, {tokens} tokens"
+    title = f"Layers: {sizes.decoded_layers}; {sizes}, rank 16, {tokens} tokens"
     return {"tables": [table(title, rows, ["tokens per second"])]}
 
 
@@ -201,7 +204,7 @@ def qlora_step(sizes: Sizes) -> Result:
         peak = torch.cuda.max_memory_allocated() / 1e9
 
     layers = sizes.model["num_hidden_layers"]
-    title = f"{layers} layers, {sizes}, rank 16, {sizes.trained_tokens} tokens, checkpointing"
+    title = f"Layers: {layers}; {sizes}, rank 16, {sizes.trained_tokens} tokens, checkpointing"
     steps = table(title, rows, ["seconds", "loss"])
     memory = table("Memory", [{"what": "peak, allocated", "GB": peak}], ["GB"])
     return {"tables": [steps, memory], "notes": ["The first step compiles."]}

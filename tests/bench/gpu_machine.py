@@ -13,14 +13,9 @@ def describe() -> dict[str, Any]:
     """Card, driver, versions and date; `card` is None where PyTorch sees no GPU."""
     import torch
 
-    found: dict[str, Any] = {
-        "card": None,
-        "driver": None,
-        "versions": versions(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    found = no_card()
     if not torch.cuda.is_available():
-        return found
+        return found | {"card": None}
 
     of_card = torch.cuda.get_device_properties(0)
     return found | {
@@ -32,6 +27,12 @@ def describe() -> dict[str, Any]:
         "CUDA": torch.version.cuda,
         "driver": driver(),
     }
+
+
+def no_card() -> dict[str, Any]:
+    """Versions and date alone."""
+    date = time.strftime("%Y-%m-%d")
+    return {"card": "no card", "driver": None, "versions": versions(), "date": date}
 
 
 def versions() -> dict[str, str]:
