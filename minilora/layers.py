@@ -92,17 +92,23 @@ class NF4Linear(nn.Module):
     @property
     def weight(self) -> NF4Weight:
         """The quantized weight, sharing this layer's memory."""
-        parts: list[Any] = [self._parameters[name] for name in PARTS]
+        of: Any = self._parameters
+        packed, absmax, absmax2, offset = of["packed"], of["absmax"], of["absmax2"], of["offset"]
         # Fake and sharded parameters have no address.
-        if torch.compiler.is_compiling() or type(parts[0]) is not nn.Parameter:
-            return self._view(parts)
+        if type(packed) is not nn.Parameter or torch.compiler.is_compiling():
+            return self._view([packed, absmax, absmax2, offset])
 
         # Making the views takes as long as a product with a single row.
-        memory = [None if part is None else part.data_ptr() for part in parts]
-        held: tuple[Any, NF4Weight] | None = vars(self).get("_held_view")
+        memory = (
+            packed.data_ptr(),
+            absmax.data_ptr(),
+            None if absmax2 is None else absmax2.data_ptr(),
+            None if offset is None else offset.data_ptr(),
+        )
+        held: tuple[Any, NF4Weight] | None = self.__dict__.get("_held_view")
         if held is None or held[0] != memory:
-            held = memory, self._view(parts)
-            vars(self)["_held_view"] = held
+            held = memory, self._view([packed, absmax, absmax2, offset])
+            self.__dict__["_held_view"] = held
         return held[1]
 
     def _view(self, parts: list[Any]) -> NF4Weight:

@@ -5,6 +5,7 @@ a GPU reports a wrong pointer late, in another place, or not at all.
 """
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ __all__ = [
     "check",
     "check_block_size",
     "check_weight",
+    "checked",
     "launch",
     "map8",
     "tables",
@@ -49,6 +51,10 @@ PORTABLE = torch.version.hip is not None
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES, torch.float64)
 _BLOCK_SIZES = [2**k for k in range(5, 13)]
+
+
+# Records that were checked, as the kernels take them.
+_checked: "weakref.WeakKeyDictionary[Any, PackedWeight]" = weakref.WeakKeyDictionary()
 
 
 class LowRank(NamedTuple):
@@ -120,6 +126,25 @@ def check_weight(w: PackedWeight) -> None:
         _check_part("offset", w.offset, torch.float32, 1, w)
 
 
+def checked(w: Any) -> PackedWeight:
+    """Returns a weight as the kernels take it, after `check_weight`.
+
+    Args:
+        w: a `PackedWeight`, or any record with its attributes that never changes, as an `NF4Weight`
+            is. The latter is checked at its first product alone.
+    """
+    if isinstance(w, PackedWeight):
+        check_weight(w)
+        return w
+
+    found = _checked.get(w)
+    if found is None:
+        found = PackedWeight(*w.tensors, tuple(w.shape), w.block_size, w.quant_type)
+        check_weight(found)
+        _checked[w] = found
+    return found
+
+
 def _check_part(name: str, t: Tensor, dtype: torch.dtype, size: int, w: PackedWeight) -> None:
     check(name, t, (dtype,), w.device)
     if t.numel() != size or not t.is_contiguous():
@@ -175,6 +200,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> N
 def start(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]
 ) -> None:
-    # Does nothing for a CPU tensor.
-    with torch.cuda.device_of(args[0]):
+    device = args[0].device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](*args, **settings)
+        return
+
+    with torch.cuda.device(device):
         kernel[grid](*args, **settings)
