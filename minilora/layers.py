@@ -126,7 +126,7 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        y = nf4_linear(h, self.weight, self.bias, training=self.training)
+        y = nf4_linear(h, self.weight, _bias(self), training=self.training)
         return y if self.compute_dtype is None else y.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -210,7 +210,7 @@ class QLoRALinear(LoRALayer, NF4Linear):
                 self.weight,
                 *factors,
                 lora.scale,
-                self.bias,
+                _bias(self),
                 lora.dropout if lora.training else 0.0,
                 training=self.training,
             )
@@ -219,13 +219,21 @@ class QLoRALinear(LoRALayer, NF4Linear):
         return y if self.compute_dtype is None else y.to(x.dtype)
 
 
+def _bias(layer: NF4Linear) -> Tensor | None:
+    """The bias, which may be no parameter but an attribute, as FSDP leaves it."""
+    # Found in the dictionary if possible: see `_plain_factors`.
+    parameters = layer._parameters
+    return parameters["bias"] if "bias" in parameters else layer.bias
+
+
 def _plain_factors(lora: LoRA) -> tuple[Tensor, Tensor] | None:
     """A and B of an adapter, or None if it has a bias or something has taken their place.
 
     Read from the dictionary: each attribute of a module takes half a microsecond to find.
     """
-    A, B, bias = map(lora._parameters.get, ("A", "B", "bias"))
-    return (A, B) if bias is None and A is not None and B is not None else None
+    found = lora._parameters.get
+    A, B = found("A"), found("B")
+    return None if A is None or B is None or found("bias") is not None else (A, B)
 
 
 def adapter_class(layer: nn.Module, layer_name: str = "") -> type[LoRALayer]:

@@ -104,7 +104,7 @@ def _rows(name: str, x: Tensor, w: PackedWeight, dim: int) -> Tensor:
     check(name, x, FLOATS, w.device)
     if len(w.shape) != 2:
         raise ValueError(f"a product takes a weight [out, in], not {tuple(w.shape)}")
-    if x.shape[-1:] != w.shape[dim : dim + 1]:
+    if x.ndim == 0 or x.shape[-1] != w.shape[dim]:
         raise ValueError(
             f"{name} {tuple(x.shape)} does not fit a weight {tuple(w.shape)}: "
             f"its last size must be {w.shape[dim]}"
@@ -121,14 +121,17 @@ def _checked_term(low: LowRank | None, x: Tensor, N: int) -> LowRank | None:
     left = low.left
     if left.ndim != 2 or not left.is_contiguous():
         left = left.reshape(-1, left.shape[-1]).contiguous()
-    for factor, t, size in (("left", left, x.shape[0]), ("right", low.right, N)):
-        check(f"the low-rank term's {factor} factor", t, (x.dtype,), x.device)
-        if t.shape != (size, left.shape[1]):
-            raise ValueError(
-                f"the low-rank term's {factor} factor is {tuple(t.shape)}, "
-                f"not {(size, left.shape[1])}"
-            )
-    return LowRank(left, low.right, low.scale)
+    right, r = low.right, left.shape[1]
+    _check_factor("left", left, (x.shape[0], r), x)
+    _check_factor("right", right, (N, r), x)
+    return LowRank(left, right, low.scale)
+
+
+def _check_factor(factor: str, t: Tensor, shape: tuple[int, int], x: Tensor) -> None:
+    if t.shape == shape and t.dtype == x.dtype and t.device == x.device:
+        return
+    check(f"the low-rank term's {factor} factor", t, (x.dtype,), x.device)
+    raise ValueError(f"the low-rank term's {factor} factor is {tuple(t.shape)}, not {shape}")
 
 
 def _checked_bias(bias: Tensor | None, x: Tensor, w: PackedWeight) -> Tensor | None:

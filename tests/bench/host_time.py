@@ -31,7 +31,7 @@ from minilora.kernels.gpu import lora, matmul, runtime
 O = I = 256
 RANK = 8
 ROWS = (1, 16)
-CALLS, ROUNDS = 300, 15
+CALLS, ROUNDS = 20, 250
 
 Launch = tuple[Any, ...]
 Sides = dict[str, Callable[[], Any]]
