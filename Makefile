@@ -4,7 +4,7 @@ BIN := .venv/bin
 comma := ,
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/minilora
 
-.PHONY: demo test notebooks docs docs-serve dist package test-site test-gpu test-triton-matrix lint soak fuzz lock audit bench bench-gpu reproduce clean help
+.PHONY: demo test notebooks docs docs-serve dist package test-site test-gpu test-triton-matrix lint soak fuzz lock audit bench bench-gpu gpu-day reproduce clean help
 
 help:
 	@echo "make demo   fine-tune a small language model on this machine, in a few minutes; writes runs/demo/"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-gpu            the tests of Triton kernels on the GPU of this machine, not in the interpreter"
 	@echo "make test-triton-matrix  the same in the interpreter, and the compile gate, on triton 3.6.0 and the newest; outside CI"
 	@echo "make bench-gpu           speed of the Triton kernels against bitsandbytes and cuBLAS; says so where there is no GPU"
+	@echo "make gpu-day             the first hour on a GPU: every check and figure that needs one, into docs/benchmarks/CARD; DRY_RUN=1: without a GPU, launches stubbed"
 	@echo "make soak   what is repeated long: random failures while saving; outside CI"
 	@echo "make fuzz   hostile inputs, about ten minutes; FULL=1: all of them, goes on where it stopped; FAMILY=name: one kind"
 	@echo "make lock   requirements/*.txt anew: the versions and hashes that CI installs; make audit asks for known vulnerabilities"
@@ -98,6 +99,10 @@ bench: .venv/dev .venv/demo
 bench-gpu: .venv/dev
 	$(BIN)/python tests/bench/gpu.py
 	$(BIN)/python tests/bench/paged.py
+
+# DRY_RUN=1 runs the whole script with launches stubbed and measures nothing. (make's own --dry-run prints the command.)
+gpu-day: .venv/dev
+	$(BIN)/python tests/bench/gpu_day.py$(if $(DRY_RUN), --dry-run)
 
 # What has a stored result in docs/experiments/results is not measured again; FRESH=1 removes the results first.
 reproduce: .venv/dev .venv/demo

@@ -137,9 +137,9 @@ def nf4_linear(
         torch.Size([2, 5, 32])
     """
     x, bias = _prepared(x, w, bias)
-    if not (training or torch.is_grad_enabled()):
-        return ops.nf4_inference(x, w, bias)
-    return _by_rows(_NF4Linear, x, w, bias)
+    if torch.is_grad_enabled():
+        return _by_rows(_NF4Linear, x, w, bias)
+    return ops.nf4_linear(x, w, bias) if training else ops.nf4_inference(x, w, bias)
 
 
 def lora_linear(
@@ -192,10 +192,18 @@ def _prepared(x: Tensor, w: NF4Weight, bias: Tensor | None) -> tuple[Tensor, Ten
         raise ValueError(f"{sizes}: x must be [..., in], the weight [out, in]")
     if x.dtype not in DTYPES:
         raise TypeError(f"x is {x.dtype}: it must be float32, bfloat16, float16 or float64")
+    if _is_autocast(x):
+        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
+    return x, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+
+
+def _is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x."""
+    # To ask for the name of a device takes as long as all the rest.
+    if x.is_cuda or x.is_cpu:
+        return torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
     device = x.device.type
-    if is_autocast_available(device) and torch.is_autocast_enabled(device):
-        x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
-    return x, None if bias is None else bias.to(x.dtype)
+    return is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _by_rows(function: Any, x: Tensor, *rest: Any) -> Tensor:

@@ -92,17 +92,23 @@ class NF4Linear(nn.Module):
     @property
     def weight(self) -> NF4Weight:
         """The quantized weight, sharing this layer's memory."""
-        parts: list[Any] = [self._parameters[name] for name in PARTS]
+        of: Any = self._parameters
+        packed, absmax, absmax2, offset = of["packed"], of["absmax"], of["absmax2"], of["offset"]
         # Fake and sharded parameters have no address.
-        if torch.compiler.is_compiling() or type(parts[0]) is not nn.Parameter:
-            return self._view(parts)
+        if type(packed) is not nn.Parameter or torch.compiler.is_compiling():
+            return self._view([packed, absmax, absmax2, offset])
 
         # Making the views takes as long as a product with a single row.
-        memory = [None if part is None else part.data_ptr() for part in parts]
-        held: tuple[Any, NF4Weight] | None = vars(self).get("_held_view")
+        memory = (
+            packed.data_ptr(),
+            absmax.data_ptr(),
+            None if absmax2 is None else absmax2.data_ptr(),
+            None if offset is None else offset.data_ptr(),
+        )
+        held: tuple[Any, NF4Weight] | None = self.__dict__.get("_held_view")
         if held is None or held[0] != memory:
-            held = memory, self._view(parts)
-            vars(self)["_held_view"] = held
+            held = memory, self._view([packed, absmax, absmax2, offset])
+            self.__dict__["_held_view"] = held
         return held[1]
 
     def _view(self, parts: list[Any]) -> NF4Weight:
@@ -120,7 +126,7 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        y = nf4_linear(h, self.weight, self.bias, training=self.training)
+        y = nf4_linear(h, self.weight, _bias(self), training=self.training)
         return y if self.compute_dtype is None else y.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -204,7 +210,7 @@ class QLoRALinear(LoRALayer, NF4Linear):
                 self.weight,
                 *factors,
                 lora.scale,
-                self.bias,
+                _bias(self),
                 lora.dropout if lora.training else 0.0,
                 training=self.training,
             )
@@ -213,13 +219,21 @@ class QLoRALinear(LoRALayer, NF4Linear):
         return y if self.compute_dtype is None else y.to(x.dtype)
 
 
+def _bias(layer: NF4Linear) -> Tensor | None:
+    """The bias, which may be no parameter but an attribute, as FSDP leaves it."""
+    # Found in the dictionary if possible: see `_plain_factors`.
+    parameters = layer._parameters
+    return parameters["bias"] if "bias" in parameters else layer.bias
+
+
 def _plain_factors(lora: LoRA) -> tuple[Tensor, Tensor] | None:
     """A and B of an adapter, or None if it has a bias or something has taken their place.
 
     Read from the dictionary: each attribute of a module takes half a microsecond to find.
     """
-    A, B, bias = map(lora._parameters.get, ("A", "B", "bias"))
-    return (A, B) if bias is None and A is not None and B is not None else None
+    found = lora._parameters.get
+    A, B = found("A"), found("B")
+    return None if A is None or B is None or found("bias") is not None else (A, B)
 
 
 def adapter_class(layer: nn.Module, layer_name: str = "") -> type[LoRALayer]:

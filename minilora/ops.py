@@ -147,18 +147,31 @@ for _name, (_file, _signature) in _SCHEMAS.items():
         torch.library.impl(_operator, _key, _call)
 
 
+def _is_watched() -> bool:
+    """Whether something wants to see the operators: a compiler, a mode, a transform as vmap."""
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def _undispatched(name: str, dispatched: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The operator with the signature of kernels/reference, called without PyTorch's dispatcher.
 
     A dispatch takes 10 microseconds, as long as a small layer with a single row. It is needed where
-    something traces or watches the operators, and on other devices than the CPU.
+    something traces, transforms or watches the operators, and on other devices.
     """
-    cpu_kernel = _kernel("cpu", _SCHEMAS[name][0], name)
+    file = _SCHEMAS[name][0]
+    cpu_kernel, gpu_kernel = _kernel("cpu", file, name), _kernel("gpu", file, name)
 
     def call(x: Tensor, *rest: Any) -> Tensor:
-        is_traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-        if x.is_cpu and type(x) is Tensor and not is_traced:
+        if type(x) is not Tensor or _is_watched():
+            return dispatched(x, *rest)
+        if x.is_cpu:
             return cpu_kernel(x, *rest)  # type: ignore[no-any-return]
+        if x.is_cuda:
+            return gpu_kernel(x, *rest)  # type: ignore[no-any-return]
         return dispatched(x, *rest)
 
     return call

@@ -9,6 +9,7 @@ dense path pays that for a square W. z [M, r] and u [M, r] are small products th
 A and B need as well; cuBLAS multiplies.
 """
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.lora import contract, project
@@ -42,8 +43,11 @@ def nf4_inference(
     """Returns x W^T + bias + scale (x A^T) B^T, [.., O], in x's dtype; no gradient is needed."""
     if A is None or B is None:
         return forward(x, w, bias, None)
-    A, B = A.to(x.dtype), B.to(x.dtype)
-    return nf4_lora_linear(x, w, bias, project(x, A), B, scale)
+
+    # To ask is faster than a copy that is none.
+    A = A if A.dtype == x.dtype else A.to(x.dtype)
+    B = B if B.dtype == x.dtype else B.to(x.dtype)
+    return forward(x, w, bias, LowRank(F.linear(x, A), B, scale))
 
 
 def nf4_lora_linear_backward(

@@ -14,18 +14,17 @@ A low-rank term s z B^T is added in the same pass over y where that pays (see `l
 Dimension letters: M rows of x, I in_features, O out_features, r rank.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor
 
 from ..reference.nf4 import PackedWeight
-from .choose import choose, takes
+from .choose import DENSE, choose, give_up, takes
 from .dense import dense_backward, dense_forward
-from .runtime import FLOATS, HALVES, LowRank, check, check_weight
+from .runtime import FLOATS, HALVES, LowRank, check, checked, triton
 from .skinny import skinny_forward
 from .tile import tile_backward, tile_forward
-
-Choice = dict[str, Any]
+from .tuned import Line
 
 
 def nf4_linear(x: Tensor, w: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -43,54 +42,74 @@ def forward(
     w: PackedWeight,
     bias: Tensor | None,
     low: LowRank | None,
-    choice: Choice | None = None,
+    choice: Line | None = None,
 ) -> Tensor:
     """Returns x W^T + bias + s left right^T, [.., O], on the path of the table or of `choice`."""
-    check("x", x, FLOATS, w.device)
-    check_weight(w)
+    w = checked(w)
     rows = _rows("x", x, w, 1)
     O = w.shape[0]
     low = _checked_term(low, rows, O)
     bias = _checked_bias(bias, x, w)
-    choice = _choice("forward", rows, w, choice)
 
-    if choice["path"] == "skinny":
-        y = skinny_forward(rows, w, bias, low)
-    elif choice["path"] == "tile":
-        y = tile_forward(rows, w, bias, low, choice)
-    else:
-        y = dense_forward(rows, w, bias, low)
-    return y.view(*x.shape[:-1], O)
+    def run(line: Line) -> Tensor:
+        if line["path"] == "skinny":
+            return skinny_forward(rows, w, bias, low)
+        if line["path"] == "tile":
+            return tile_forward(rows, w, bias, low, line)
+        return dense_forward(rows, w, bias, low)
+
+    y = _on_the_path("forward", run, rows, w, choice)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], O)
 
 
 def backward(
-    dy: Tensor, w: PackedWeight, low: LowRank | None, choice: Choice | None = None
+    dy: Tensor, w: PackedWeight, low: LowRank | None, choice: Line | None = None
 ) -> Tensor:
     """Returns dy W + s left right^T, [.., I], on the path of the table or of `choice`."""
-    check("dy", dy, FLOATS, w.device)
-    check_weight(w)
+    w = checked(w)
     rows = _rows("dy", dy, w, 0)
     I = w.shape[1]
     low = _checked_term(low, rows, I)
-    choice = _choice("backward", rows, w, choice)
 
-    if choice["path"] == "tile":
-        dx = tile_backward(rows, w, low, choice)
-    else:
-        dx = dense_backward(rows, w, low)
-    return dx.view(*dy.shape[:-1], I)
+    def run(line: Line) -> Tensor:
+        if line["path"] == "tile":
+            return tile_backward(rows, w, low, line)
+        return dense_backward(rows, w, low)
+
+    dx = _on_the_path("backward", run, rows, w, choice)
+    return dx if dy.ndim == 2 else dx.view(*dy.shape[:-1], I)
+
+
+def _on_the_path(
+    direction: str,
+    run: Callable[[Line], Tensor],
+    x: Tensor,
+    w: PackedWeight,
+    choice: Line | None,
+) -> Tensor:
+    """Computes a product on the path of the table, or on that of `choice` and no other."""
+    line = _choice(direction, x, w, choice)
+    while True:
+        try:
+            return run(line)
+        except triton.runtime.errors.OutOfResources as error:
+            if choice is not None:
+                raise
+            give_up(direction, line, x.device, error)
+            line = _choice(direction, x, w, None)
 
 
 def _rows(name: str, x: Tensor, w: PackedWeight, dim: int) -> Tensor:
     """Returns x as a matrix whose width is that dimension of W, without gaps inside a row."""
+    check(name, x, FLOATS, w.device)
     if len(w.shape) != 2:
         raise ValueError(f"a product takes a weight [out, in], not {tuple(w.shape)}")
-    if x.shape[-1:] != w.shape[dim : dim + 1]:
+    if x.ndim == 0 or x.shape[-1] != w.shape[dim]:
         raise ValueError(
             f"{name} {tuple(x.shape)} does not fit a weight {tuple(w.shape)}: "
             f"its last size must be {w.shape[dim]}"
         )
-    rows = x.reshape(-1, w.shape[dim])
+    rows = x if x.ndim == 2 else x.reshape(-1, w.shape[dim])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
@@ -99,15 +118,20 @@ def _checked_term(low: LowRank | None, x: Tensor, N: int) -> LowRank | None:
     if low is None:
         return None
 
-    left = low.left.reshape(-1, low.left.shape[-1]).contiguous()
-    for factor, t, size in (("left", left, x.shape[0]), ("right", low.right, N)):
-        check(f"the low-rank term's {factor} factor", t, (x.dtype,), x.device)
-        if t.shape != (size, left.shape[1]):
-            raise ValueError(
-                f"the low-rank term's {factor} factor is {tuple(t.shape)}, "
-                f"not {(size, left.shape[1])}"
-            )
-    return low._replace(left=left)
+    left = low.left
+    if left.ndim != 2 or not left.is_contiguous():
+        left = left.reshape(-1, left.shape[-1]).contiguous()
+    right, r = low.right, left.shape[1]
+    _check_factor("left", left, (x.shape[0], r), x)
+    _check_factor("right", right, (N, r), x)
+    return LowRank(left, right, low.scale)
+
+
+def _check_factor(factor: str, t: Tensor, shape: tuple[int, int], x: Tensor) -> None:
+    if t.shape == shape and t.dtype == x.dtype and t.device == x.device:
+        return
+    check(f"the low-rank term's {factor} factor", t, (x.dtype,), x.device)
+    raise ValueError(f"the low-rank term's {factor} factor is {tuple(t.shape)}, not {shape}")
 
 
 def _checked_bias(bias: Tensor | None, x: Tensor, w: PackedWeight) -> Tensor | None:
@@ -122,14 +146,14 @@ def _checked_bias(bias: Tensor | None, x: Tensor, w: PackedWeight) -> Tensor | N
     return bias.contiguous()
 
 
-def _choice(direction: str, x: Tensor, w: PackedWeight, given: Choice | None) -> Choice:
+def _choice(direction: str, x: Tensor, w: PackedWeight, given: Line | None) -> Line:
     """Returns the path to take: the given one, if the product fits it, or that of the table."""
     M, (O, I) = x.shape[0], w.shape
 
     # On tensor cores float32 would lose bits; words are loaded from addresses that 4 divides.
     fusable = x.dtype in HALVES and x.numel() > 0 and w.packed.data_ptr() % 4 == 0
     if given is None:
-        return choose(direction, M, O, I, w.block_size) if fusable else {"path": "dense"}
+        return choose(direction, M, O, I, w.block_size, x.device) if fusable else DENSE
 
     fits = takes(given, M, I, w.block_size) and (fusable or given["path"] == "dense")
     if not fits:

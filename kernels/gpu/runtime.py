@@ -5,6 +5,7 @@ a GPU reports a wrong pointer late, in another place, or not at all.
 """
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,8 +33,10 @@ __all__ = [
     "check",
     "check_block_size",
     "check_weight",
+    "checked",
     "launch",
     "map8",
+    "power_of_two",
     "tables",
     "term_of",
     "tl",
@@ -49,6 +52,10 @@ PORTABLE = torch.version.hip is not None
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES, torch.float64)
 _BLOCK_SIZES = [2**k for k in range(5, 13)]
+
+
+# Records that were checked, as the kernels take them.
+_checked: "weakref.WeakKeyDictionary[Any, PackedWeight]" = weakref.WeakKeyDictionary()
 
 
 class LowRank(NamedTuple):
@@ -79,6 +86,14 @@ def term_of(low: LowRank | None) -> Term | None:
     return None if low is None else Term(*low, low.left.shape[1], *low.right.stride())
 
 
+def power_of_two(n: int) -> int:
+    """Returns the smallest power of two that is no less than n >= 1.
+
+    Triton's own function, which kernels can call, takes 3 microseconds on the host.
+    """
+    return 1 << (n - 1).bit_length()
+
+
 def check(name: str, t: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
     """Raises TypeError or ValueError unless `t` has one of `dtypes` and is on `device`, a GPU."""
     if t.dtype not in dtypes:
@@ -86,7 +101,7 @@ def check(name: str, t: Tensor, dtypes: Sequence[torch.dtype], device: torch.dev
         raise TypeError(f"{name} is {t.dtype}: the kernel takes {wanted}")
     if t.device != device:
         raise ValueError(f"{name} is on {t.device}, the rest on {device}: move all to one device")
-    if t.device.type != "cuda" and not INTERPRETED:
+    if not (t.is_cuda or INTERPRETED):
         raise ValueError(
             f"{name} is on {t.device}: a Triton kernel runs on a GPU "
             "(or interpreted, with TRITON_INTERPRET=1)"
@@ -118,6 +133,25 @@ def check_weight(w: PackedWeight) -> None:
         _check_part("absmax", w.absmax, torch.uint8, blocks, w)
         _check_part("absmax2", w.absmax2, torch.float32, -(-blocks // GROUP), w)
         _check_part("offset", w.offset, torch.float32, 1, w)
+
+
+def checked(w: Any) -> PackedWeight:
+    """Returns a weight as the kernels take it, after `check_weight`.
+
+    Args:
+        w: a `PackedWeight`, or any record with its attributes that never changes, as an `NF4Weight`
+            is. The latter is checked at its first product alone.
+    """
+    if isinstance(w, PackedWeight):
+        check_weight(w)
+        return w
+
+    found = _checked.get(w)
+    if found is None:
+        found = PackedWeight(*w.tensors, tuple(w.shape), w.block_size, w.quant_type)
+        check_weight(found)
+        _checked[w] = found
+    return found
 
 
 def _check_part(name: str, t: Tensor, dtype: torch.dtype, size: int, w: PackedWeight) -> None:
@@ -169,12 +203,66 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **settings: Any) -> N
     There is no fused multiply-add except where a kernel asks for it: the reference rounds products
     and sums separately.
     """
-    start(kernel, grid, args, {"enable_fp_fusion": False} | settings)
+    settings.setdefault("enable_fp_fusion", False)
+    start(kernel, grid, args, settings)
 
 
 def start(
     kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]
 ) -> None:
-    # Does nothing for a CPU tensor.
-    with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, **settings)
+    first = args[0]
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(first):
+            _run(kernel, grid, args, settings)
+    else:
+        _run(kernel, grid, args, settings)
+
+
+# Arguments as Triton tells them apart -> the kernel compiled for them, its constants, and the source
+# of both, whose id stands in the key.
+_compiled: dict[Any, tuple[Any, tuple[Any, ...], Any]] = {}
+
+# Every new number makes an entry, and a seed is always new.
+_MOST_COMPILED = 2048
+
+
+def _run(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]
+) -> None:
+    """Runs a kernel, the second time without asking Triton which of its compilations fits.
+
+    Triton finds that out in 8 to 12 microseconds of each launch, more than the kernels of a small
+    product take. It depends on nothing but what the key holds: the kernel, the device, the settings
+    and the `_kinds` of the arguments.
+    """
+    key = id(kernel), args[0].get_device(), tuple(settings.items()), _kinds(args)
+    if found := _compiled.get(key):
+        compiled, constants, _ = found
+        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+        return
+
+    compiled = kernel[grid](*args, **settings)
+    # AMD's also depends on the size of a tensor; the interpreter compiles nothing.
+    if compiled is not None and not PORTABLE:
+        if len(_compiled) >= _MOST_COMPILED:
+            _compiled.clear()
+        names = kernel.arg_names[len(args) :]
+        _compiled[key] = compiled, tuple(settings[name] for name in names), kernel
+
+
+def _kinds(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What of its arguments a compiled kernel depends on, or more than that.
+
+    Of a tensor these are the dtype and the alignment. Of an integer it is whether it is 1, what
+    divides it and how long it is, so the number itself says enough; of a float it is nothing.
+    """
+    kinds: list[Any] = []
+    for value in args:
+        if isinstance(value, Tensor):
+            kinds += (value.dtype, value.data_ptr() % 16)
+        elif isinstance(value, tuple):
+            kinds.append(_kinds(value))
+        else:
+            # An integer, or None.
+            kinds.append(float if type(value) is float else value)
+    return tuple(kinds)

@@ -1,23 +1,23 @@
 """Compiles every Triton kernel as it would be launched, for a GPU that need not be here.
 
-    python tests/tools/compile_gate.py sm_90            (sm_80, sm_90, sm_100, gfx942)
-    python tests/tools/compile_gate.py --record         writes sass_budget.json: lower numbers only
+    python tests/tools/compile_gate.py sm_90               every launch
+    python tests/tools/compile_gate.py --sample sm_86 ...  the main loops of the products only
+    python tests/tools/compile_gate.py --record            lower numbers into sass_budget.json
 
-The result is printed as JSON. The launches are the library's own: its functions are called with
-`runtime.start` replaced by a recorder, so that what is compiled has the types, constants and
-divisibilities of a real call. It needs a process of its own, without TRITON_INTERPRET.
+The result is printed as JSON; `machine_code.py` says what is measured. The launches are the
+library's own: its functions are called with `runtime.start` replaced by a recorder, so that what is
+compiled has the types, constants and divisibilities of a real call. It needs a process of its own,
+without TRITON_INTERPRET.
 """
 
+import argparse
 import functools
 import json
-import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import machine_code
 import torch
 import triton
 from torch import Tensor
@@ -28,23 +28,25 @@ from minilora.kernels.gpu import choose, dropout, matmul, nf4, runtime, skinny
 from minilora.kernels.reference import nf4 as reference
 from minilora.kernels.reference.nf4 import PackedWeight
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in CAPABILITIES}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+
 POINTERS = {
     torch.uint8: "*u8",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
 }
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 BUDGET = Path(__file__).with_name("sass_budget.json")
 
-# The weight that is passed: multiples of 16, as in every real model, and y wider than x.
+# The weight that is passed: multiples of 16, as in every real model, and y wider than x. NARROW_I
+# is an odd number of blocks, as SmolLM2's 576.
 O, I, R = 512, 256, 16
+NARROW_I = 192
+
+# The kernels with the main loop of a product.
+PRODUCTS = ("_partial", "_forward", "_backward")
 
 Call = tuple[str, Callable[[], Any]]
 
@@ -58,27 +60,28 @@ class Launch(NamedTuple):
     settings: dict[str, Any]
 
 
-def weights() -> tuple[Tensor, PackedWeight, PackedWeight]:
+def weights(columns: int = I) -> tuple[Tensor, PackedWeight, PackedWeight]:
     """Returns a dense weight, and the same quantized with and without double quantization."""
-    dense = torch.zeros(O, I)
+    dense = torch.zeros(O, columns)
     packed, absmax = reference.quantize(dense, 64)
-    plain = PackedWeight(packed, absmax, None, None, (O, I), 64)
-    double = PackedWeight(packed, *reference.double_quantize(absmax), (O, I), 64)
+    plain = PackedWeight(packed, absmax, None, None, (O, columns), 64)
+    double = PackedWeight(packed, *reference.double_quantize(absmax), (O, columns), 64)
     return dense, plain, double
 
 
-def launches(portable: bool) -> Iterator[Launch]:
+def launches(target: str) -> Iterator[Launch]:
     """Every kernel in every configuration that the library launches."""
     recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     runtime.start = lambda kernel, grid, args, settings: recorded.append((kernel, args, settings))
 
     # Lets CPU tensors through the checks: nothing runs.
+    portable = target.startswith("gfx")
     runtime.INTERPRETED = True
     runtime.PORTABLE = skinny.PORTABLE = portable
     nf4._WORDS = nf4._WARPS * (64 if portable else 32)
 
     seen = set()
-    for case, call in [*conversions(), *products()]:
+    for case, call in [*conversions(), *products(target)]:
         recorded.clear()
         call()
         for kernel, args, settings in recorded:
@@ -89,6 +92,17 @@ def launches(portable: bool) -> Iterator[Launch]:
             if key not in seen:
                 seen.add(key)
                 yield Launch(case.replace("torch.", ""), kernel, args, settings)
+
+
+def sample(target: str) -> list[Launch]:
+    """The products in bfloat16: the skinny kernel of fewest and of most rows, the widest tiles."""
+    found: dict[str, list[Launch]] = {name: [] for name in PRODUCTS}
+    for launch in launches(target):
+        if launch.kernel.__name__ in found and launch.case.endswith(" bfloat16"):
+            found[launch.kernel.__name__].append(launch)
+
+    of_skinny, *of_tiles = found.values()
+    return [of_skinny[0], of_skinny[-1], *(tiles[-1] for tiles in of_tiles if tiles)]
 
 
 def leaves(value: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
@@ -121,25 +135,47 @@ def conversions() -> Iterator[Call]:
     yield "dropout", lambda: dropout.dropout(dense.to(torch.bfloat16), 0.1, torch.tensor(1))
 
 
-def products() -> Iterator[Call]:
-    """(case, call) of the products, for every line of the table of choices."""
+def products(target: str) -> Iterator[Call]:
+    """(case, call) of the products, for every line that a target's GPUs may be given."""
     kinds = {
         "forward": ("float16", "bfloat16", "+ LoRA", "+ LoRA r=8", "plain", "+ bias"),
         "backward": ("float16", "bfloat16", "+ LoRA", "plain"),
     }
     for direction, kind in kinds.items():
-        for line in choose.lines(direction):
-            rows = {"skinny": (1, 9), "tile": (line.get("rows", 1),), "dense": (4096,)}
-            for M in rows[line["path"]]:
+        for line in choose.lines(direction, generation(target)):
+            for size, M in sizes(line):
                 for what in kind:
                     call = functools.partial(product, direction, line, M, what)
-                    yield f"{direction} {line['path']} M={M} {what}", call
+                    yield f"{direction} {line['path']} {size} {what}", call
+
+    line = {"path": "skinny"}
+    call = functools.partial(product, "forward", line, 1, "bfloat16", NARROW_I)
+    yield f"forward skinny M=1 I={NARROW_I}", call
 
 
-def product(direction: str, line: dict[str, Any], M: int, what: str) -> None:
-    _, plain, double = weights()
+def generation(target: str) -> str:
+    """Returns whose table of choices a target's GPUs have."""
+    if target.startswith("gfx"):
+        return "amd"
+    return choose.generation_of(*divmod(TARGETS[target].arch, 10))
+
+
+def sizes(line: dict[str, Any]) -> list[tuple[str, int]]:
+    """(name, M) of the launches that a line makes, M rows of x being enough for one of them."""
+    if line["path"] == "tile":
+        return [(f"{line['BM']}x{line['BO']}x{line['BI']}", line["BM"])]
+    if line["path"] == "dense":
+        return [("M=4096", 4096)]
+
+    # The fewest rows of every height that the skinny kernel is compiled for.
+    fewest = filter(line["rows"].__ge__, (1, 9, 17, 33))
+    return [(f"M={M}", M) for M in fewest]
+
+
+def product(direction: str, line: dict[str, Any], M: int, what: str, columns: int = I) -> None:
+    _, plain, double = weights(columns)
     w = plain if what == "plain" else double
-    wide, tall = (I, O) if direction == "forward" else (O, I)
+    wide, tall = (columns, O) if direction == "forward" else (O, columns)
     dtype = torch.float16 if what == "float16" else torch.bfloat16
     x = torch.zeros(M, wide, dtype=dtype)
 
@@ -200,97 +236,31 @@ def compiled(launch: Launch, target: str) -> Any:
     return triton.compile(source, target=TARGETS[target], options=options), given, options
 
 
-def cuobjdump(flag: str, path: str) -> str:
-    command = [str(CUOBJDUMP), flag, path]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def sass(cubin: bytes) -> tuple[list[tuple[int, str, str]], int]:
-    """Returns the instructions (address, name, operands) without padding, and bytes of stack."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = cuobjdump("-sass", file.name)
-        usage = cuobjdump("--dump-resource-usage", file.name)
-
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", text)
-    lines = [(int(address, 16), name, rest) for address, name, rest in found]
-    while lines and lines[-1][1] in ("NOP", "BRA"):
-        lines.pop()
-
-    stack = re.search(r"STACK:(\d+)", usage)
-    assert lines and stack, "cuobjdump printed something else than expected"
-    return lines, int(stack[1])
-
-
-def loops(lines: list[tuple[int, str, str]]) -> list[list[str]]:
-    """The instructions from the target of each backward branch to the branch, longest first."""
-    found = []
-    for address, name, rest in lines:
-        to = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
-        if to and int(to[1], 16) < address:
-            first = int(to[1], 16)
-            found.append([name for at, name, _ in lines if first <= at <= address])
-    return sorted(found, key=len, reverse=True)
-
-
 def weights_per_thread(given: dict[str, Any], warps: int) -> float:
     """Weights that a thread decodes in the kernel, or in an iteration of its loop if it has one."""
     threads = 32 * warps
     if "WORDS" in given:
         return 8 * given["WORDS"] * given["TIMES"] / threads
     if "BLOCKS" in given and "MB" in given:
-        return 64 * 64 * given["BLOCKS"] / threads
+        return skinny.ROWS.value * 64 * given["BLOCKS"] / threads
     return given["BO"] * given["BI"] / threads if "BI" in given else 0
 
 
 def measure(launch: Launch, target: str) -> dict[str, Any]:
     """Compiles a launch and describes its machine code."""
     k, given, options = compiled(launch, target)
-    sizes = {n: v for n, v in given.items() if n.isupper() and isinstance(v, int)}
+    constants = {n: v for n, v in given.items() if n.isupper() and isinstance(v, int)}
     row = {
         "case": launch.case,
         "kernel": launch.kernel.__name__,
         "target": target,
         "shared": k.metadata.shared,
-        "meta": sizes | options,
+        "meta": constants | options,
     }
     if target.startswith("gfx"):
-        return row | measure_amd(k.asm["amdgcn"])
-    return row | measure_nvidia(k, weights_per_thread(given, options["num_warps"]))
-
-
-def measure_amd(text: str) -> dict[str, Any]:
-    def directive(key: str) -> int:
-        value = re.search(rf"{re.escape(key)}:\s+(\d+)", text)
-        assert value, f"{key} is not in the assembly"
-        return int(value[1])
-
-    return {
-        "spills": directive(".vgpr_spill_count"),
-        "stack": directive(".private_segment_fixed_size"),
-        "registers": directive(".vgpr_count"),
-        "mfma": text.count("v_mfma"),
-        "wide": len(re.findall(r"_(?:load|store)_dwordx4", text)),
-    }
-
-
-def measure_nvidia(k: Any, weights: float) -> dict[str, Any]:
-    ptx = k.asm["ptx"]
-    lines, stack = sass(k.asm["cubin"])
-    found = loops(lines)
-    body = found[0] if found else [name for _, name, _ in lines]
-    wide = [name for _, name, _ in lines if ".128" in name]
-    return {
-        "stack": stack,
-        "spills": sum(name.startswith(("LDL", "STL")) for loop in found for name in loop),
-        "instructions": len(body),
-        "per weight": round(len(body) / weights, 2) if weights else None,
-        "wgmma": ptx.count("wgmma.mma_async"),
-        "wide": sum(name.startswith(("LDG", "STG", "LDGSTS")) for name in wide),
-        "f64": ".f64" in ptx,
-        "div.full": "div.full" in ptx,
-    }
+        return row | machine_code.measure_amd(k.asm["amdgcn"])
+    weights = weights_per_thread(given, options["num_warps"])
+    return row | machine_code.measure_nvidia(k, weights)
 
 
 def record() -> None:
@@ -305,22 +275,26 @@ def record() -> None:
         if target.startswith("gfx"):
             continue
         held = of_version.get(target, {})
-        rows = everything(target)
+        rows = [measure(launch, target) for launch in launches(target)]
         found = {f"{row['case']}: {row['kernel']}": row["instructions"] for row in rows}
         of_version[target] = {key: min(n, held.get(key, n)) for key, n in found.items()}
 
     BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
 
 
-def everything(target: str) -> list[dict[str, Any]]:
-    return [measure(launch, target) for launch in launches(portable=target.startswith("gfx"))]
-
-
 def main() -> None:
-    if sys.argv[1] == "--record":
-        record()
-    else:
-        print(json.dumps({"triton": triton.__version__, "rows": everything(sys.argv[1])}))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
+    parser.add_argument("--sample", action="store_true", help="the products' main loops only")
+    parser.add_argument("--record", action="store_true", help="write sass_budget.json")
+    args = parser.parse_args()
+    if args.record:
+        return record()
+
+    chosen = sample if args.sample else launches
+    rows = [measure(launch, target) for target in args.targets for launch in chosen(target)]
+    print(json.dumps({"triton": triton.__version__, "rows": rows}))
+    return None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+"""Describes what the compiler made of a kernel: loops, copies, registers, memory.
+
+Three stages of a compiled kernel are read: Triton's own TTGIR (what is copied ahead, and how many
+copies a loop waits for), PTX, and the machine code, which is SASS on NVIDIA.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+# A product on tensor cores, up to sm_89 and on sm_120, on sm_90, and on sm_100.
+_PRODUCT = re.compile(r"tt\.dot |ttng\.warp_group_dot |ttng\.tc_gen5_mma")
+
+# Shared memory of [buffers, rows, words of a row].
+_WORDS = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+xi32,")
+
+
+class Pipeline(NamedTuple):
+    """What the main loop of a product copies ahead.
+
+    in_flight: the copies that are still under way after a wait, at least; None without a wait
+    buffers: how many steps of packed words have room in shared memory; 0 where none have
+    """
+
+    in_flight: int | None
+    buffers: int
+
+
+def pipeline(ttgir: str) -> Pipeline:
+    """Reads the pipeline of the longest loop that has a product."""
+    body = max(filter(_PRODUCT.search, _loops_of_ttgir(ttgir)), key=len, default="")
+    waits = re.findall(r"ttg\.async_wait.*\{num = (\d+) : i32\}", body)
+    buffers = _WORDS.findall(ttgir)
+    return Pipeline(
+        in_flight=min(map(int, waits), default=None),
+        buffers=min(map(int, buffers), default=0),
+    )
+
+
+def _loops_of_ttgir(ttgir: str) -> list[str]:
+    """The text of every scf.for, up to the brace that is indented as it is."""
+    return [m[0] for m in re.finditer(r"^( *)[^\n]*scf\.for .*?^\1\}", ttgir, re.M | re.S)]
+
+
+def _cuobjdump(flag: str, path: str) -> str:
+    command = [str(CUOBJDUMP), flag, path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+class Sass(NamedTuple):
+    """A kernel's instructions (address, name, operands) without padding, and what it occupies."""
+
+    lines: list[tuple[int, str, str]]
+    stack: int
+    registers: int
+
+
+def sass(cubin: bytes) -> Sass:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = _cuobjdump("-sass", file.name)
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", text)
+    lines = [(int(address, 16), name, rest) for address, name, rest in found]
+    while lines and lines[-1][1] in ("NOP", "BRA"):
+        lines.pop()
+
+    occupied = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert lines and occupied, "cuobjdump printed something else than expected"
+    return Sass(lines, stack=int(occupied[2]), registers=int(occupied[1]))
+
+
+def loops(lines: list[tuple[int, str, str]]) -> list[list[str]]:
+    """The instructions from the target of each backward branch to the branch, longest first."""
+    found = []
+    for address, name, rest in lines:
+        to = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if to and int(to[1], 16) < address:
+            first = int(to[1], 16)
+            found.append([name for at, name, _ in lines if first <= at <= address])
+    return sorted(found, key=len, reverse=True)
+
+
+def measure_nvidia(k: Any, weights: float) -> dict[str, Any]:
+    """Describes a kernel that decodes so many weights per thread, in its loop if it has one."""
+    ptx, ttgir = k.asm["ptx"], k.asm["ttgir"]
+    code = sass(k.asm["cubin"])
+    found = loops(code.lines)
+    body = found[0] if found else [name for _, name, _ in code.lines]
+    wide = [name for _, name, _ in code.lines if ".128" in name]
+    copies = [name for name in body if name.startswith("LDGSTS")]
+    narrow = [name for name in copies if not name.endswith((".64", ".128"))]
+
+    return {
+        **pipeline(ttgir)._asdict(),
+        "stack": code.stack,
+        "registers": code.registers,
+        "spills": sum(name.startswith(("LDL", "STL")) for loop in found for name in loop),
+        "instructions": len(body),
+        "weights": weights,
+        "per weight": round(len(body) / weights, 2) if weights else None,
+        "copies": len(copies),
+        "copies of 4 bytes": len(narrow),
+        "loads of 2 bytes": sum(name.startswith("LDG") and "U16" in name for name in body),
+        "barriers": sum(name.startswith("BAR") for name in body),
+        "shuffles": sum(name.startswith("SHFL") for name in body),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": sum("MMA" in name for name in body),
+        "wide": sum(name.startswith(("LDG", "STG", "LDGSTS")) for name in wide),
+        "f64": ".f64" in ptx,
+        "div.full": "div.full" in ptx,
+    }
+
+
+def measure_amd(text: str) -> dict[str, Any]:
+    def directive(key: str) -> int:
+        value = re.search(rf"{re.escape(key)}:\s+(\d+)", text)
+        assert value, f"{key} is not in the assembly"
+        return int(value[1])
+
+    return {
+        "spills": directive(".vgpr_spill_count"),
+        "stack": directive(".private_segment_fixed_size"),
+        "registers": directive(".vgpr_count"),
+        "mfma": text.count("v_mfma"),
+        "wide": len(re.findall(r"_(?:load|store)_dwordx4", text)),
+    }
