@@ -152,17 +152,16 @@ def _that_fits(direction: str, line: Line, device: torch.device) -> Line:
     return smaller or DENSE
 
 
-def give_up(direction: str, line: Line, device: torch.device, error: Exception) -> None:
-    """Notes that a line's kernel needs more than a device has: `choose` gives a smaller one now.
-
-    Warns, once for each line and device. Raises the error again where there is nothing smaller.
-    """
-    smaller = next_smaller(line)
-    if smaller is None:
-        raise error
-
+def give_up(direction: str, line: Line, device: torch.device) -> None:
+    """Notes that a line's kernel needs more than a device has: `choose` gives a smaller one now."""
     _too_large.add((device, direction, json.dumps(line)))
     choose.cache_clear()
+
+
+def warn_of(
+    direction: str, line: Line, smaller: Line, device: torch.device, error: Exception
+) -> None:
+    """Warns that `smaller` took the place of a line, and says what to do."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     warnings.warn(
         f"{direction}: {line} needs more than {card} has ({error}), so {smaller} is used from now "

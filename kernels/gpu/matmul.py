@@ -19,9 +19,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..reference.nf4 import PackedWeight
-from .choose import DENSE, choose, give_up, takes
+from .choose import DENSE, choose, give_up, takes, warn_of
 from .dense import dense_backward, dense_forward
-from .runtime import FLOATS, HALVES, LowRank, check, checked, triton
+from .runtime import FLOATS, HALVES, LowRank, OutOfResources, check, checked
 from .skinny import skinny_forward
 from .tile import tile_backward, tile_forward
 from .tuned import Line
@@ -87,16 +87,26 @@ def _on_the_path(
     w: PackedWeight,
     choice: Line | None,
 ) -> Tensor:
-    """Computes a product on the path of the table, or on that of `choice` and no other."""
-    line = _choice(direction, x, w, choice)
+    """Computes a product on the path of the table, or on that of `choice` and no other.
+
+    Where the table's needs more than the GPU has, the next smaller one is tried, with one warning.
+    """
+    line = first = _choice(direction, x, w, choice)
+    too_large: Exception | None = None
     while True:
         try:
-            return run(line)
-        except triton.runtime.errors.OutOfResources as error:
-            if choice is not None:
+            y = run(line)
+            break
+        except OutOfResources as error:
+            if choice is not None or line == DENSE:
                 raise
-            give_up(direction, line, x.device, error)
+            too_large = error
+            give_up(direction, line, x.device)
             line = _choice(direction, x, w, None)
+
+    if too_large:
+        warn_of(direction, first, line, x.device, too_large)
+    return y
 
 
 def _rows(name: str, x: Tensor, w: PackedWeight, dim: int) -> Tensor:

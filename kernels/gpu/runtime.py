@@ -15,6 +15,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.runtime.errors import OutOfResources
 except ModuleNotFoundError as error:
     raise ImportError(
         "NF4 on a GPU runs through Triton, which is not installed: pip install triton"
@@ -29,6 +30,7 @@ __all__ = [
     "INTERPRETED",
     "PORTABLE",
     "LowRank",
+    "OutOfResources",
     "Term",
     "check",
     "check_block_size",
