@@ -19,7 +19,8 @@ if os.environ["TRITON_INTERPRET"] != "1":
 
 import triton.language as tl  # noqa: E402
 from interpreter import narrow, repair, widen  # noqa: E402
-from ptx import prmt, run_ptx  # noqa: E402
+from ptx import run_ptx  # noqa: E402
+from ptx_arithmetic import prmt  # noqa: E402
 
 repair()
 
