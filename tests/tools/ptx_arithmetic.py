@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from ptx_values import DTYPES, Array, is_float, size_of
+from ptx_values import DTYPES, Array, is_float, is_kind, size_of
 
 Compute = Callable[..., Any]
 
@@ -36,9 +36,14 @@ def signature(name: str) -> Signature:
         NotImplementedError: The emulator does not know the instruction or one of its modifiers.
     """
     operation, *modifiers = name.split(".")
+    if not modifiers or not is_kind(modifiers[-1]):
+        raise unknown(name)
     if operation in SPECIAL:
-        return SPECIAL[operation](name, modifiers)
-    if operation not in SAME_KIND or not modifiers:
+        try:
+            return SPECIAL[operation](name, modifiers)
+        except ValueError as error:  # More modifiers than are known.
+            raise unknown(name) from error
+    if operation not in SAME_KIND:
         raise unknown(name)
 
     sources, compute = SAME_KIND[operation]
@@ -157,9 +162,8 @@ def _leading_zeros(a: Array) -> Array:
 
 def _reverse(a: Array) -> Array:
     octets = np.ascontiguousarray(a.astype(">u4")).view(np.uint8)
-    return np.packbits(np.unpackbits(octets.reshape(-1, 4), axis=1)[:, ::-1], axis=1).view(">u4")[
-        :, 0
-    ]
+    bits = np.unpackbits(octets.reshape(-1, 4), axis=1)[:, ::-1]
+    return np.packbits(bits, axis=1).view(">u4")[:, 0]
 
 
 def _smallest(name: str, modifiers: list[str]) -> Signature:

@@ -3,7 +3,7 @@
 All threads of a CTA go in lockstep, a register being an array with one element per thread. The
 memory is that of CPU tensors, at their real addresses. What a GPU answers with a wrong result, an
 error somewhere else or nothing at all is found here (ptx_global.py, ptx_shared.py) and raised as a
-`Fault` that names the instruction and the CTA. Branches must go the same way for all threads of a
+`KernelError` that names the instruction and the CTA. Branches must go the same way for all threads of a
 CTA: the kernels have no other.
 
     program = parse(ptx)
@@ -34,7 +34,7 @@ WARP = 32
 MOST_STEPS = 2_000_000
 
 
-class Fault(RuntimeError):
+class KernelError(RuntimeError):
     """What a kernel does wrong; the message names the instruction and the CTA."""
 
 
@@ -66,7 +66,7 @@ class Machine:
         """Runs every CTA of a grid.
 
         Raises:
-            Fault: What a kernel does wrong.
+            KernelError: What a kernel does wrong.
             NotImplementedError: It has an instruction that the emulator does not know.
         """
         sizes = (*grid, 1, 1)[:3]
@@ -98,7 +98,7 @@ class Machine:
             reason = str(error)
             if isinstance(error, KeyError):
                 reason = f"{reason} is read before it is written"
-            raise Fault(f"{reason}: {text} (CTA {cta}, {self.program.name})") from error
+            raise KernelError(f"{reason}: {text} (CTA {cta}, {self.program.name})") from error
 
         for instruction, times in zip(self.program.body.instructions, executed, strict=True):
             self.counts[instruction.name] += times * threads // WARP
