@@ -341,7 +341,14 @@ def test_signed_results_are_extended_into_wider_registers(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["div.full.f32", "add.ftz.f32", "ex2.approx.f32", "prmt.b32.f4e", "tex.2d.v4.f32", "mul.hi.u64"],
+    [
+        "div.full.f32",
+        "add.ftz.f32",
+        "ex2.approx.f32",
+        "prmt.b32.f4e",
+        "tex.2d.v4.f32",
+        "mul.hi.u64",
+    ],
 )
 def test_an_unknown_instruction_is_named(name: str) -> None:
     with pytest.raises(NotImplementedError, match=name.replace(".", r"\.")):

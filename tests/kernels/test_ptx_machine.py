@@ -38,7 +38,11 @@ THREADS = 64
 
 
 def execute(
-    text: str, source: Tensor | None = None, n: int = 0, grid: tuple[int, ...] = (1,), size: int = 64
+    text: str,
+    source: Tensor | None = None,
+    n: int = 0,
+    grid: tuple[int, ...] = (1,),
+    size: int = 64,
 ) -> tuple[Tensor, Machine]:
     """Runs statements behind HEAD; returns the output, int32 [size], and the machine.
 
@@ -208,8 +212,23 @@ def test_a_missing_barrier_is_a_race(which: int, message: str) -> None:
 
 
 def test_two_warps_that_write_the_same_bytes_race() -> None:
-    message = refusal("and.b32 %r5, %r3, 127; st.shared.b32 [%r5], {%r2};")
-    assert message.startswith("race in shared memory: two warps write the same bytes")
+    both = "and.b32 %r5, %r3, 127; and.b32 %r6, %r2, 31; setp.lt.u32 %p1, %r2, 32;"
+    one_by_one = "@%p1 st.shared.b32 [%r5], {%r6}; @!%p1 st.shared.b32 [%r5], {%r6};"
+    message = refusal(both + one_by_one)
+    assert message.startswith("race in shared memory: two warps write the same bytes: @!%p1")
+
+
+def test_warps_may_write_the_same_in_one_instruction() -> None:
+    both = "and.b32 %r5, %r3, 127; and.b32 %r6, %r2, 31;"
+    load = "bar.sync 0; ld.shared.b32 {%r7}, [%r5]; st.global.b32 [%rd4], {%r7};"
+    out, _ = execute(both + "st.shared.b32 [%r5], {%r6};" + load)
+    assert out.tolist() == 2 * list(range(32))
+
+    different = both + "st.shared.b32 [%r5], {%r2};"
+    assert "two threads write different values to the same shared bytes" in refusal(different)
+    assert "race in shared memory: read of what" in refusal(
+        both + "st.shared.b32 [%r5], {%r6}; ld.shared.b32 {%r7}, [%r5];"
+    )
 
 
 COPY = """
@@ -333,9 +352,7 @@ def test_mma_is_a_product(dtype: torch.dtype, depth: int) -> None:
     kind = "bf16" if dtype == torch.bfloat16 else "f16"
     count = registers.shape[1]
     names = [f"%r{10 + i}" for i in range(count)]
-    loads = "\n".join(
-        f"ld.global.b32 {{{name}}}, [%rd5+{4 * i}];" for i, name in enumerate(names)
-    )
+    loads = "\n".join(f"ld.global.b32 {{{name}}}, [%rd5+{4 * i}];" for i, name in enumerate(names))
     operands = [names[: depth // 4], names[depth // 4 : -4], names[-4:]]
     vectors = ", ".join("{" + ", ".join(part) + "}" for part in operands)
     text = f"""

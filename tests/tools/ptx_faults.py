@@ -7,28 +7,24 @@ each it is found by an error or by a wrong result, or missed. It needs a process
 TRITON_INTERPRET.
 """
 
+import argparse
 import json
 import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from ptx_launch import emulated
 from ptx_machine import KernelError
-from ptx_products import within_bound
+from ptx_products import Source, within_bound
 from torch import Tensor
 
-from minilora.kernels.gpu import choose, matmul
+from minilora.kernels.gpu import choose, matmul, skinny
 from minilora.kernels.reference import nf4 as reference
 from minilora.kernels.reference.nf4 import PackedWeight
-
-# Sizes that no tile divides, so that masks matter, and a loop longer than its pipeline.
-M, O, I = 9, 65, 512
-
-# Places in which a fault is tried, spread over the kernel.
-PLACES = 4
 
 Match = re.Match[str]
 
@@ -124,32 +120,41 @@ class Product(NamedTuple):
 
 
 def products() -> list[Product]:
-    """The skinny product, and the smallest tile in both directions."""
-    generator = torch.Generator().manual_seed(0)
-    packed, absmax = reference.quantize(0.1 * torch.randn(O, I, generator=generator), 64)
+    """The skinny product, and the smallest tile in both directions.
+
+    No tile divides their sizes, so that masks matter, and their loops are longer than a pipeline.
+    """
+    return [
+        _product("forward", {"path": "skinny"}, "_partial", 9, 65, 1024),
+        _product("forward", _tile("forward"), "_forward", _tile("forward")["BM"] + 9, 65, 384),
+        _product("backward", _tile("backward"), "_backward", _tile("backward")["BM"] + 9, 130, 128),
+    ]
+
+
+def _tile(direction: str) -> dict[str, Any]:
+    return next(line for line in choose.lines(direction) if line["path"] == "tile")
+
+
+def _product(direction: str, line: dict[str, Any], kernel: str, M: int, O: int, I: int) -> Product:
+    source = Source(0)
+    packed, absmax = reference.quantize(0.1 * source.gauss(O, I), 64)
     w = PackedWeight(packed, *reference.double_quantize(absmax), (O, I), 64)
-    x = torch.randn(M, I, generator=generator).to(torch.bfloat16)
-    dy = torch.randn(M, O, generator=generator).to(torch.bfloat16)
+    forward = direction == "forward"
+    x = source.gauss(M, I if forward else O).to(torch.bfloat16)
+    # Half of the rows have few terms, and so a small bound.
+    x[::2] *= source.sparse(x[::2].shape)
 
-    def tile(direction: str) -> dict[str, Any]:
-        return next(line for line in choose.lines(direction) if line["path"] == "tile")
+    def run() -> Tensor:
+        # With one program for each row of tiles its loop is as long as the rows of W.
+        with mock.patch.object(skinny, "PROGRAMS", 1):
+            if forward:
+                return matmul.forward(x, w, None, None, line)
+            return matmul.backward(x, w, None, line)
 
-    def forward(path: str, line: dict[str, Any], kernel: str) -> Product:
-        return Product(
-            f"forward {path}",
-            kernel,
-            lambda: matmul.forward(x, w, None, None, line),
-            lambda y: within_bound(y, x, w, None, None, True, path),
-        )
+    def right(y: Tensor) -> bool:
+        return within_bound(y, x, w, None, None, forward, line["path"])
 
-    backward = Product(
-        "backward tile",
-        "_backward",
-        lambda: matmul.backward(dy, w, None, tile("backward")),
-        lambda dx: within_bound(dx, dy, w, None, None, False, "tile"),
-    )
-    skinny = forward("skinny", {"path": "skinny"}, "_partial")
-    return [skinny, forward("tile", tile("forward"), "_forward"), backward]
+    return Product(f"{direction} {line['path']}", kernel, run, right)
 
 
 def planted(fault: Fault, kernel: str, which: int) -> Callable[[str], str]:
@@ -164,18 +169,18 @@ def planted(fault: Fault, kernel: str, which: int) -> Callable[[str], str]:
     return change
 
 
-def places(fault: Fault, product: Product) -> list[str]:
-    """The statements of a product's kernel in which a fault can be planted."""
+def kernel_text(product: Product) -> str:
+    """The PTX of a product's kernel, as it is compiled."""
     seen: list[str] = []
 
     def look(ptx: str) -> str:
-        if f".entry {product.kernel}(" in ptx:
-            seen.extend(match[0] for match in re.finditer(fault.pattern, ptx))
+        seen.append(ptx)
         return ptx
 
     with emulated(change=look):
-        product.run()
-    return seen
+        y = product.run()
+    assert product.right(y), f"{product.name} without a fault"
+    return next(ptx for ptx in seen if f".entry {product.kernel}(" in ptx)
 
 
 def attempt(fault: Fault, product: Product, which: int) -> str:
@@ -189,18 +194,18 @@ def attempt(fault: Fault, product: Product, which: int) -> str:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most `most` of the numbers below count, from the first to the last."""
-    if count <= most:
-        return list(range(count))
-    return [i * (count - 1) // (most - 1) for i in range(most)]
+    """At most `most` of the numbers below count, each from the middle of its share."""
+    most = min(most, count)
+    return [(2 * i + 1) * count // (2 * most) for i in range(most)]
 
 
-def run(most: int = PLACES) -> list[dict[str, Any]]:
-    """Plants every fault in every product that has a place for it."""
+def run(most: int, count: int) -> list[dict[str, Any]]:
+    """Plants every fault in the first `count` products, in at most `most` places of each."""
     rows = []
-    for product in products():
+    for product in products()[:count]:
+        ptx = kernel_text(product)
         for fault in FAULTS:
-            statements = places(fault, product)
+            statements = [match[0] for match in re.finditer(fault.pattern, ptx)]
             row: dict[str, Any] = {"product": product.name, "fault": fault.name}
             row |= {"places": len(statements), "found": [], "missed": []}
             for which in spread(len(statements), most):
@@ -213,8 +218,13 @@ def run(most: int = PLACES) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--places", type=int, default=4)
+    parser.add_argument("--products", type=int, default=3)
+    options = parser.parse_args()
+
     began = time.monotonic()
-    rows = run()
+    rows = run(options.places, options.products)
     seconds = round(time.monotonic() - began, 1)
     print(json.dumps({"triton": triton.__version__, "rows": rows, "seconds": seconds}))
 

@@ -20,13 +20,14 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from ptx_launch import emulated
 from torch import Tensor
 
-from minilora.kernels.gpu import choose, dropout, matmul, nf4
+from minilora.kernels.gpu import choose, dropout, matmul, nf4, skinny
 from minilora.kernels.gpu.runtime import LowRank
 from minilora.kernels.reference import dropout as reference_dropout
 from minilora.kernels.reference import nf4 as reference
@@ -51,6 +52,10 @@ class Source:
 
     def gauss(self, *size: int) -> Tensor:
         return torch.randn(size, generator=self.tensors)
+
+    def sparse(self, size: tuple[int, ...]) -> Tensor:
+        """Returns zeros and ones, about one in 16: a product of few terms has a small bound."""
+        return (torch.rand(size, generator=self.tensors) < 1 / 16).float()
 
     def place(self, t: Tensor, step: int = 1) -> Tensor:
         """Returns t, or the same values at an address that is a few elements further."""
@@ -125,7 +130,8 @@ def multiply(
     """Runs one product with a random term and bias."""
     (O, I), forward = w.shape, direction == "forward"
     wide, tall = (I, O) if forward else (O, I)
-    x = source.rows(source.gauss(M, wide).to(dtype))
+    x = source.gauss(M, wide)
+    x = source.rows(source.pick(x, x * source.sparse((M, wide))).to(dtype))
     r = source.pick(*RANKS)
     low = None
     if r:
@@ -140,7 +146,8 @@ def multiply(
         f"{w.quant_type} blocks={w.block_size} double={w.double_quantized} "
         f"x {x.stride()} {x.data_ptr() % 16} packed {w.packed.data_ptr() % 16}"
     )
-    with emulated():
+    # With few programs each has many steps to do.
+    with emulated(), mock.patch.object(skinny, "PROGRAMS", source.pick(1, 4, 512)):
         if forward:
             y = matmul.forward(x, w, bias, low, line)
         else:

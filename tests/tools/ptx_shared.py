@@ -1,8 +1,9 @@
 """Shared memory of one CTA, with the checks that neither an interpreter nor a GPU makes.
 
 * Nothing is read before it is written.
-* Between two barriers, no byte that a warp writes is read or written by another warp. (The threads
-  of one warp run together here; what they do among themselves is not checked.)
+* Between two barriers, no byte that a warp writes is read or written by another warp. Several may
+  write it in one instruction, if they write the same. (The threads of one warp run together here;
+  what they do among themselves is not checked.)
 * What a cp.async copies is untouchable from its issue until a wait for its group: it may land at
   any time between the two. After the wait it counts as written by the warp that asked for it, so
   that other warps need a barrier as well.
@@ -98,8 +99,11 @@ class SharedMemory:
         self.wait(0)
 
     def _put(self, units: Array, values: Array) -> None:
-        self.memory[units] = values.reshape(*units.shape, self.grain)
+        given = values.reshape(*units.shape, self.grain)
+        self.memory[units] = given
         self.written[units] = True
+        if (self.memory[units] != given).any():
+            raise MemoryError("two threads write different values to the same shared bytes")
 
     def _units(self, addresses: Array, width: int, active: Array) -> tuple[Array, Array]:
         """The active threads [n], and the units that each accesses [n, width / grain]."""
@@ -116,7 +120,7 @@ class SharedMemory:
             raise MemoryError("access to shared memory that a cp.async may still be writing")
 
     def _read_by(self, warps: Array, units: Array) -> None:
-        warps = np.broadcast_to(warps[:, None], units.shape)
+        warps = np.repeat(warps[:, None], units.shape[1], 1)
         if ((self.write_epoch[units] == self.epoch) & (self.writer[units] != warps)).any():
             raise MemoryError("race in shared memory: read of what another warp has just written")
 
@@ -128,11 +132,12 @@ class SharedMemory:
         self.read_epoch[units] = self.epoch
 
     def _written_by(self, warps: Array, units: Array) -> None:
-        warps = np.broadcast_to(warps[:, None], units.shape)
+        warps = np.repeat(warps[:, None], units.shape[1], 1)
         other_wrote = (self.write_epoch[units] == self.epoch) & (self.writer[units] != warps)
         other_read = (self.read_epoch[units] == self.epoch) & (self.reader[units] != warps)
         self.writer[units] = warps
-        if other_wrote.any() or (self.writer[units] != warps).any():
+        self.writer[units[self.writer[units] != warps]] = SEVERAL
+        if other_wrote.any():
             raise MemoryError("race in shared memory: two warps write the same bytes")
         if other_read.any():
             raise MemoryError("race in shared memory: write of what another warp has just read")

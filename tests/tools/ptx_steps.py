@@ -30,6 +30,14 @@ class State(NamedTuple):
 
 Step = Callable[[State], int | None]
 
+ALL = np.ones(1, np.bool_)
+
+
+def of_all(bits: Array, threads: int) -> Array:
+    """One element for each thread, of what may be one for all."""
+    return bits if bits.size == threads else np.full(threads, bits)
+
+
 # What memory instructions say about caches, which do not change what is read.
 HINTS = {"nc", "cg", "ca", "cs", "lu", "cv", "wb", "wt", "volatile", "relaxed", "gpu", "weak"}
 
@@ -124,7 +132,7 @@ def _address(operand: str, body: Body) -> Callable[[State], Array]:
 
     def read(state: State) -> Array:
         found = get(state.registers).astype(np.uint64) + added
-        return np.broadcast_to(found, state.threads)
+        return of_all(found, state.threads)
 
     return read
 
@@ -135,7 +143,7 @@ def _acting(instruction: Instruction) -> Callable[[State], Array]:
 
     def read(state: State) -> Array:
         threads = acting(state.registers)
-        return np.broadcast_to(True if threads is None else threads, state.threads)
+        return of_all(ALL if threads is None else threads, state.threads)
 
     return read
 
@@ -215,8 +223,8 @@ def _copy(instruction: Instruction, body: Body) -> Step:
 
     def step(state: State) -> None:
         # Bytes that are not read are zero. The kernels read all or none.
-        present = np.broadcast_to(count(state.registers), state.threads)
-        if not np.isin(present, (0, size)).all():
+        present = of_all(count(state.registers), state.threads)
+        if not ((present == 0) | (present == size)).all():
             raise NotImplementedError(f"{instruction.text}: a part of the bytes")
         threads = acting(state)
         values = state.memory.load(whence(state), size, threads & (present > 0))
@@ -262,7 +270,7 @@ def _multiply(instruction: Instruction, body: Body) -> Step:
 
     def step(state: State) -> None:
         def values(gets: list[Callable[[Registers], Array]]) -> list[Array]:
-            return [np.broadcast_to(get(state.registers), state.threads) for get in gets]
+            return [of_all(get(state.registers), state.threads) for get in gets]
 
         a, b, c = map(values, reads)
         for put, result in zip(puts, tensor_core.mma(a, b, c, kind), strict=True):
@@ -282,7 +290,7 @@ def _shuffle(instruction: Instruction, body: Body) -> Step:
     mode = instruction.parts[2]
 
     def step(state: State) -> None:
-        found = [np.broadcast_to(get(state.registers), state.threads) for get in reads]
+        found = [of_all(get(state.registers), state.threads) for get in reads]
         value, by, clamp = found
         put(state.registers, tensor_core.shuffle(value, mode, by, clamp.astype(np.int64)))
 
@@ -300,7 +308,7 @@ def _reduce(instruction: Instruction, body: Body) -> Step:
     put = write(to, kind, instruction.guard, body)
 
     def step(state: State) -> None:
-        values = np.broadcast_to(decode(get(state.registers), kind), state.threads)
+        values = of_all(decode(get(state.registers), kind), state.threads)
         put(state.registers, tensor_core.reduce(values, operation))
 
     return step

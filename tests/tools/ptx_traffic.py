@@ -59,9 +59,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Tensor]]]:
         yield f"dequantize to {kind}", lambda dtype=dtype: nf4.dequantize(w, dtype)
 
 
-def _product(
-    direction: str, line: dict[str, Any], M: int, w: PackedWeight
-) -> Callable[[], Tensor]:
+def _product(direction: str, line: dict[str, Any], M: int, w: PackedWeight) -> Callable[[], Tensor]:
     x = torch.ones(M, I if direction == "forward" else O, dtype=torch.bfloat16)
     if direction == "forward":
         return lambda: matmul.forward(x, w, None, None, line)
