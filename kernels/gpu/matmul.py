@@ -134,7 +134,7 @@ def _checked_term(low: LowRank | None, x: Tensor, N: int) -> LowRank | None:
     right, r = low.right, left.shape[1]
     _check_factor("left", left, (x.shape[0], r), x)
     _check_factor("right", right, (N, r), x)
-    return LowRank(left, right, low.scale)
+    return low if left is low.left else LowRank(left, right, low.scale)
 
 
 def _check_factor(factor: str, t: Tensor, shape: tuple[int, int], x: Tensor) -> None:

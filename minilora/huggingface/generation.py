@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minilora.functional import frozen_adapters
 from minilora.huggingface.context import context_length
 from minilora.huggingface.messages import one_line
 from minilora.huggingface.sampling import GREEDY, Draws, Sampling
@@ -190,7 +191,7 @@ def _answers(
         "logits_processor": [draws],
         "streamer": TextStream(decode, write) if write else None,
     }
-    with _logits_decide(model, pad, ends), _contiguous_input_of_the_head(model):
+    with _logits_decide(model, pad, ends), _contiguous_input_of_the_head(model), frozen_adapters():
         tokens = model.generate(**inputs, **options)
     return [decode(row[longest:]) for row in tokens.tolist()]
 

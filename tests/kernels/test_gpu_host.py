@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gpu  # noqa: F401 - interprets the kernels, so that CPU tensors pass the checks
+import gpu
 import pytest
 import torch
 from helpers import gaussian
