@@ -14,6 +14,8 @@ arguments. The time is the smallest mean of many rounds, in which the sides take
 """
 
 import argparse
+import atexit
+import contextlib
 import contextvars
 import functools
 import json
@@ -122,8 +124,9 @@ def layers() -> tuple[nn.Linear, Any, Any, Any]:
 
 def frozen(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
     """A call of a layer inside `frozen_adapters`, as generation makes it."""
-    context = contextvars.copy_context()
-    context.run(frozen_adapters().__enter__)
+    context, inside = contextvars.copy_context(), contextlib.ExitStack()
+    context.run(inside.enter_context, frozen_adapters())
+    atexit.register(context.run, inside.close)
     return functools.partial(context.run, layer, x)
 
 
@@ -143,7 +146,7 @@ def sides(shape: tuple[int, ...]) -> Sides:
     dense, plain, adapted, wide = layers()
     x = torch.randn(*shape).bfloat16()
     (adapter,), (wide_adapter,) = adapted.adapters.values(), wide.adapters.values()
-    A, B = adapter.A, adapter.B
+    A, B, factors = adapter.A, adapter.B, (wide_adapter.A, wide_adapter.B)
 
     operator = torch.ops.minilora.nf4_inference.default
     w = minilora.ops._flatten(plain.weight)
@@ -153,10 +156,7 @@ def sides(shape: tuple[int, ...]) -> Sides:
         "QLoRALinear": lambda: adapted(x),
         "of this, x A^T": lambda: F.linear(x, A),
         "QLoRALinear, A and B in float32": lambda: wide(x),
-        "of this, A and B to bfloat16": lambda: (
-            wide_adapter.A.to(x.dtype),
-            wide_adapter.B.to(x.dtype),
-        ),
+        "of this, A and B to bfloat16": lambda: [t.to(x.dtype) for t in factors],
         "the same inside frozen_adapters": frozen(wide, x),
         "operator of NF4Linear": lambda: operator(x, *w, None),
         "operator of QLoRALinear": lambda: operator(x, *w, None, A, B, adapter.scale),
