@@ -10,9 +10,7 @@ computes the dense weight again, a tile at a time or in a buffer that is reused.
 Dimension letters: M rows of x (batch times length), I in_features, O out_features, r rank.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +21,6 @@ from torch.autograd.function import once_differentiable
 
 from minilora import ops
 from minilora.nf4 import DTYPES, NF4Weight
-
-# A and B in the dtypes of x, inside `frozen_adapters`; with the parameters whose ids are the keys.
-_rounded: ContextVar[dict[Any, tuple[Tensor, Tensor]] | None] = ContextVar("rounded", default=None)
 
 # Dropout draws a seed below this from PyTorch's generator, in each forward.
 _SEEDS = 1 << 62
@@ -181,8 +176,6 @@ def lora_linear(
     if isinstance(base, NF4Weight):
         x, bias = _prepared(x, base, bias)
         if not (training or dropout or torch.is_grad_enabled()):
-            if _rounded.get() is not None and not torch.compiler.is_compiling():
-                A, B = _in_dtype(A, x.dtype), _in_dtype(B, x.dtype)
             return ops.nf4_inference(x, base, bias, A, B, scale)
         seed = torch.randint(_SEEDS, (), device="cpu") if dropout else None
         return _by_rows(_NF4LoRALinear, x, base, bias, A, B, scale, dropout, seed)
@@ -190,35 +183,6 @@ def lora_linear(
     y = F.linear(x, base, bias)
     z = F.dropout(x, dropout) @ A.to(x.dtype).T
     return y + scale * z @ B.to(x.dtype).T
-
-
-@contextmanager
-def frozen_adapters() -> Iterator[None]:
-    """Inside, a factor that is wider than x is rounded once and not in every product without grad.
-
-    So nothing may change A and B inside. The results are the same bits as outside.
-
-    Example:
-        >>> x, w = torch.randn(1, 64).bfloat16(), minilora.quantize_nf4(torch.randn(32, 64))
-        >>> A, B = torch.randn(8, 64), torch.zeros(32, 8)
-        >>> with torch.no_grad(), frozen_adapters():
-        ...     y = lora_linear(x, w, A, B, scale=2.0)
-    """
-    token = _rounded.set({})
-    try:
-        yield
-    finally:
-        _rounded.reset(token)
-
-
-def _in_dtype(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    held = _rounded.get()
-    if held is None or factor.dtype == dtype:
-        return factor
-    key = id(factor), dtype
-    if key not in held:
-        held[key] = factor, factor.to(dtype)
-    return held[key][1]
 
 
 def _prepared(x: Tensor, w: NF4Weight, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

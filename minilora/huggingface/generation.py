@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from minilora.functional import frozen_adapters
 from minilora.huggingface.context import context_length
 from minilora.huggingface.messages import one_line
 from minilora.huggingface.sampling import GREEDY, Draws, Sampling
 from minilora.huggingface.streaming import TextStream
+from minilora.kernels.reference.lora import frozen_adapters
 
 # A text, or the turns of a conversation: {"role": ..., "content": ...}.
 Prompt = str | list[dict[str, str]]

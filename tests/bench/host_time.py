@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import minilora
-from minilora.functional import frozen_adapters
 from minilora.kernels.gpu import lora, matmul, runtime
+from minilora.kernels.reference.lora import frozen_adapters
 
 O = I = 256
 RANK = 8
