@@ -92,22 +92,17 @@ class NF4Linear(nn.Module):
     @property
     def weight(self) -> NF4Weight:
         """The quantized weight, sharing this layer's memory."""
-        of: Any = self._parameters
-        packed, absmax, absmax2, offset = of["packed"], of["absmax"], of["absmax2"], of["offset"]
+        own = self._parameters
+        parts: list[Any] = [own["packed"], own["absmax"], own["absmax2"], own["offset"]]
         # Fake and sharded parameters have no address.
-        if type(packed) is not nn.Parameter or torch.compiler.is_compiling():
-            return self._view([packed, absmax, absmax2, offset])
+        if type(parts[0]) is not nn.Parameter or torch.compiler.is_compiling():
+            return self._view(parts)
 
         # Making the views takes as long as a product with a single row.
-        memory = (
-            packed.data_ptr(),
-            absmax.data_ptr(),
-            None if absmax2 is None else absmax2.data_ptr(),
-            None if offset is None else offset.data_ptr(),
-        )
+        memory = [None if part is None else part.data_ptr() for part in parts]
         held: tuple[Any, NF4Weight] | None = self.__dict__.get("_held_view")
         if held is None or held[0] != memory:
-            held = memory, self._view([packed, absmax, absmax2, offset])
+            held = memory, self._view(parts)
             self.__dict__["_held_view"] = held
         return held[1]
 
@@ -221,9 +216,8 @@ class QLoRALinear(LoRALayer, NF4Linear):
 
 def _bias(layer: NF4Linear) -> Tensor | None:
     """The bias, which may be no parameter but an attribute, as FSDP leaves it."""
-    # Found in the dictionary if possible: see `_plain_factors`.
-    parameters = layer._parameters
-    return parameters["bias"] if "bias" in parameters else layer.bias
+    found = layer._parameters.get("bias")
+    return layer.bias if found is None and "bias" not in layer._parameters else found
 
 
 def _plain_factors(lora: LoRA) -> tuple[Tensor, Tensor] | None:

@@ -149,11 +149,8 @@ for _name, (_file, _signature) in _SCHEMAS.items():
 
 def _is_watched() -> bool:
     """Whether something wants to see the operators: a compiler, a mode, a transform as vmap."""
-    return (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or torch._C._are_functorch_transforms_active()
-    )
+    is_transforming: bool = torch._C._are_functorch_transforms_active()
+    return is_transforming or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def _undispatched(name: str, dispatched: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -166,13 +163,9 @@ def _undispatched(name: str, dispatched: Callable[..., Tensor]) -> Callable[...,
     cpu_kernel, gpu_kernel = _kernel("cpu", file, name), _kernel("gpu", file, name)
 
     def call(x: Tensor, *rest: Any) -> Tensor:
-        if type(x) is not Tensor or _is_watched():
-            return dispatched(x, *rest)
-        if x.is_cpu:
-            return cpu_kernel(x, *rest)  # type: ignore[no-any-return]
-        if x.is_cuda:
-            return gpu_kernel(x, *rest)  # type: ignore[no-any-return]
-        return dispatched(x, *rest)
+        direct = cpu_kernel if x.is_cpu else gpu_kernel if x.is_cuda else dispatched
+        kernel = dispatched if type(x) is not Tensor or _is_watched() else direct
+        return kernel(x, *rest)  # type: ignore[no-any-return]
 
     return call
 

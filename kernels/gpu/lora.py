@@ -12,7 +12,7 @@ A and B need as well; cuBLAS multiplies.
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.lora import contract, project
+from ..reference.lora import contract, in_dtype, project
 from ..reference.nf4 import PackedWeight
 from .matmul import backward, forward
 from .runtime import LowRank
@@ -44,10 +44,10 @@ def nf4_inference(
     if A is None or B is None:
         return forward(x, w, bias, None)
 
-    # To ask is faster than a copy that is none.
-    A = A if A.dtype == x.dtype else A.to(x.dtype)
-    B = B if B.dtype == x.dtype else B.to(x.dtype)
-    return forward(x, w, bias, LowRank(F.linear(x, A), B, scale))
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    z = F.linear(rows, in_dtype(A, x.dtype))
+    y = forward(rows, w, bias, LowRank(z, in_dtype(B, x.dtype), scale))
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def nf4_lora_linear_backward(

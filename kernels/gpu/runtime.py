@@ -150,7 +150,8 @@ def checked(w: Any) -> PackedWeight:
 
     found = _checked.get(w)
     if found is None:
-        found = PackedWeight(*w.tensors, tuple(w.shape), w.block_size, w.quant_type)
+        parts = w.packed, w.absmax, w.absmax2, w.offset
+        found = PackedWeight(*parts, tuple(w.shape), w.block_size, w.quant_type)
         check_weight(found)
         _checked[w] = found
     return found
@@ -220,8 +221,8 @@ def start(
         _run(kernel, grid, args, settings)
 
 
-# Arguments as Triton tells them apart -> the kernel compiled for them, its constants, and the source
-# of both, whose id stands in the key.
+# Arguments as Triton tells them apart -> what was compiled for them, its constants, and the kernel,
+# whose id stands in the key.
 _compiled: dict[Any, tuple[Any, tuple[Any, ...], Any]] = {}
 
 # Every new number makes an entry, and a seed is always new.

@@ -78,8 +78,9 @@ def _fault(line: Any) -> str | None:
 
 def file_of(card: str) -> Path:
     """Returns where the tables of a card are, by the name that PyTorch gives it."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not folder.is_absolute():
+        folder = Path.home() / ".cache"
     name = re.sub(r"[^A-Za-z0-9]+", "-", card).strip("-")
     return folder / "minilora" / f"{name}.json"
 
@@ -111,14 +112,10 @@ def store(card: str, tables: Tables) -> Path:
 
     path = file_of(card)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        temporary.write_text(json.dumps(content, indent=1))
+        temporary.replace(path)
     return path
 
 

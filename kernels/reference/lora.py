@@ -6,10 +6,46 @@ The layer acts as if its weight were W + s B A. Training starts from W: A is Gau
 Over a 4-bit W, the caller passes z = x A^T and u = dy B, which the gradients of B and A need too.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .matmul import nf4_linear, nf4_linear_backward
 from .nf4 import PackedWeight
+
+# What `in_dtype` returned inside `frozen_adapters`, with the factors whose ids stand in the keys.
+_rounded: ContextVar[dict[Any, tuple[Tensor, Tensor]] | None] = ContextVar("rounded", default=None)
+
+
+@contextmanager
+def frozen_adapters() -> Iterator[None]:
+    """Inside, `nf4_inference` rounds A and B once, not in each call: nothing may change them.
+
+    Adapters are float32, and generation multiplies one row of bfloat16 after the other by them.
+    """
+    token = _rounded.set({})
+    try:
+        yield
+    finally:
+        _rounded.reset(token)
+
+
+def in_dtype(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns A or B in the dtype of x; inside `frozen_adapters` the same tensor every time."""
+    if factor.dtype == dtype:
+        return factor
+    held = _rounded.get()
+    if held is None:
+        return factor.to(dtype)
+
+    key = id(factor), dtype
+    if key not in held:
+        held[key] = factor, factor.to(dtype)
+    return held[key][1]
 
 
 def forward(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -73,8 +109,8 @@ def nf4_inference(
     """Returns x W^T + bias + scale (x A^T) B^T, [.., O], in x's dtype; no gradient is needed."""
     if A is None or B is None:
         return nf4_linear(x, w, bias)
-    z = project(x, A.to(x.dtype))
-    return nf4_lora_linear(x, w, bias, z, B.to(x.dtype), scale)
+    z = project(x, in_dtype(A, x.dtype))
+    return nf4_lora_linear(x, w, bias, z, in_dtype(B, x.dtype), scale)
 
 
 def nf4_lora_linear_backward(

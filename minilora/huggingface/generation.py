@@ -12,6 +12,7 @@ from minilora.huggingface.context import context_length
 from minilora.huggingface.messages import one_line
 from minilora.huggingface.sampling import GREEDY, Draws, Sampling
 from minilora.huggingface.streaming import TextStream
+from minilora.kernels.reference.lora import frozen_adapters
 
 # A text, or the turns of a conversation: {"role": ..., "content": ...}.
 Prompt = str | list[dict[str, str]]
@@ -190,7 +191,7 @@ def _answers(
         "logits_processor": [draws],
         "streamer": TextStream(decode, write) if write else None,
     }
-    with _logits_decide(model, pad, ends), _contiguous_input_of_the_head(model):
+    with _logits_decide(model, pad, ends), _contiguous_input_of_the_head(model), frozen_adapters():
         tokens = model.generate(**inputs, **options)
     return [decode(row[longest:]) for row in tokens.tolist()]
 

@@ -4,37 +4,55 @@
 
 No GPU is needed, and none is used: tensors on the CPU go the way of the GPU's, down to the launch
 of a kernel, which is left out. Beside it stand F.linear in bfloat16 and the parts of the call that
-are PyTorch's own operators; these do their arithmetic on the CPU, for a small layer. The last
-columns are the same products through the operators `torch.ops.minilora.*`, where PyTorch
-dispatches and every argument is checked.
+are PyTorch's own operators; these do their arithmetic on the CPU, for a small layer. The operators
+`torch.ops.minilora.*` compute the same, but PyTorch dispatches and every argument is checked. The
+last lines add what Triton does on the host for the two launches of a call, but for the function at
+its end, written in C: as `kernel[grid](...)` does it, and as this library does it.
 
 A wrong call is not timed: both ways have to launch the same kernels, with equal grids, settings and
-arguments. The time is the smallest mean of several rounds, in which the sides take turns.
+arguments. The time is the smallest mean of many rounds, in which the sides take turns.
 """
 
 import argparse
+import atexit
+import contextlib
+import contextvars
+import functools
 import json
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import silent_driver
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import minilora
 from minilora.kernels.gpu import lora, matmul, runtime
+from minilora.kernels.reference.lora import frozen_adapters
 
 O = I = 256
 RANK = 8
-ROWS = (1, 16)
+SHAPES = {"1 x 256": (1, I), "1 x 1 x 256": (1, 1, I), "16 x 256": (16, I)}
 CALLS, ROUNDS = 20, 250
 
 Launch = tuple[Any, ...]
+Start = Callable[[Any, Any, Any, Any], None]
 Sides = dict[str, Callable[[], Any]]
+
+# The library's own, before it is replaced.
+launched_by_us = runtime.start
+
+
+def launched_by_triton(kernel: Any, grid: Any, args: Any, settings: Any) -> None:
+    kernel[grid](*args, **settings)
+
+
+def not_launched(kernel: Any, grid: Any, args: Any, settings: Any) -> None:
+    pass
 
 
 def take_the_gpus_way() -> None:
@@ -46,7 +64,8 @@ def take_the_gpus_way() -> None:
         sys.modules[module.__name__.replace(".gpu.", ".cpu.")] = module
     # Lets CPU tensors through the checks.
     runtime.INTERPRETED = True
-    runtime.start = lambda *_: None
+    runtime.start = not_launched
+    silent_driver.activate()
 
 
 def launches(call: Callable[[], Any]) -> list[Launch]:
@@ -56,11 +75,11 @@ def launches(call: Callable[[], Any]) -> list[Launch]:
     def start(kernel: Any, grid: Any, args: Any, settings: Any) -> None:
         recorded.append((kernel.__name__, grid, described(args), sorted(settings.items())))
 
-    silent, runtime.start = runtime.start, start
+    before, runtime.start = runtime.start, start
     try:
         call()
     finally:
-        runtime.start = silent
+        runtime.start = before
     return recorded
 
 
@@ -91,36 +110,65 @@ def microseconds(sides: Sides) -> dict[str, float]:
     return best
 
 
-def sides(rows: int) -> Sides:
-    """What is timed for so many rows of x, every side checked."""
+def layers() -> tuple[nn.Linear, Any, Any, Any]:
+    """A dense layer, the same quantized, and with an adapter in bfloat16 and in float32."""
     torch.manual_seed(0)
-    x = torch.randn(rows, I).bfloat16()
-    dense = torch.nn.Linear(I, O, bias=False).bfloat16()
+    dense = nn.Linear(I, O, bias=False).bfloat16()
     plain = minilora.NF4Linear.from_linear(dense).eval()
-    adapted = minilora.QLoRALinear(minilora.NF4Linear.from_linear(dense), r=RANK).eval()
-    adapter = adapted.adapters[adapted.active[0]]
-    A, B = (t.detach().bfloat16() for t in (adapter.A, adapter.B))
-    halves = types.SimpleNamespace(A=torch.nn.Parameter(A), B=torch.nn.Parameter(B))
-    rounded = minilora.QLoRALinear(minilora.NF4Linear.from_linear(dense), r=RANK).eval()
-    rounded.adapters[rounded.active[0]].A = halves.A
-    rounded.adapters[rounded.active[0]].B = halves.B
+    adapted = [
+        minilora.QLoRALinear(minilora.NF4Linear.from_linear(dense), r=RANK).eval() for _ in range(2)
+    ]
+    adapted[0].adapters.to(torch.bfloat16)
+    return dense, plain, *adapted
+
+
+def frozen(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """A call of a layer inside `frozen_adapters`, as generation makes it."""
+    context, inside = contextvars.copy_context(), contextlib.ExitStack()
+    context.run(inside.enter_context, frozen_adapters())
+    atexit.register(context.run, inside.close)
+    return functools.partial(context.run, layer, x)
+
+
+def started(start: Start, layer: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """A call of a layer whose kernels are launched in this way."""
+
+    def call() -> None:
+        runtime.start = start
+        layer(x)
+        runtime.start = not_launched
+
+    return call
+
+
+def sides(shape: tuple[int, ...]) -> Sides:
+    """What is timed for x of a shape, every side checked."""
+    dense, plain, adapted, wide = layers()
+    x = torch.randn(*shape).bfloat16()
+    (adapter,), (wide_adapter,) = adapted.adapters.values(), wide.adapters.values()
+    A, B, factors = adapter.A, adapter.B, (wide_adapter.A, wide_adapter.B)
 
     operator = torch.ops.minilora.nf4_inference.default
     w = minilora.ops._flatten(plain.weight)
-    a = minilora.ops._flatten(adapted.weight)
     found: Sides = {
         "F.linear": lambda: F.linear(x, dense.weight),
         "NF4Linear": lambda: plain(x),
-        "QLoRALinear": lambda: rounded(x),
-        "QLoRALinear, A and B in float32": lambda: adapted(x),
-        "of it x A^T": lambda: x @ A.T,
-        "of it A and B to bfloat16": lambda: (adapter.A.to(x.dtype), adapter.B.to(x.dtype)),
-        "operator, NF4": lambda: operator(x, *w, None),
-        "operator, QLoRA": lambda: operator(x, *a, None, A, B, adapter.scale),
+        "QLoRALinear": lambda: adapted(x),
+        "of this, x A^T": lambda: F.linear(x, A),
+        "QLoRALinear, A and B in float32": lambda: wide(x),
+        "of this, A and B to bfloat16": lambda: [t.to(x.dtype) for t in factors],
+        "the same inside frozen_adapters": frozen(wide, x),
+        "operator of NF4Linear": lambda: operator(x, *w, None),
+        "operator of QLoRALinear": lambda: operator(x, *w, None, A, B, adapter.scale),
+        "NF4Linear, kernel[grid](...)": started(launched_by_triton, plain, x),
+        "NF4Linear, launched by minilora": started(launched_by_us, plain, x),
+        "QLoRALinear, kernel[grid](...)": started(launched_by_triton, adapted, x),
+        "QLoRALinear, launched by minilora": started(launched_by_us, adapted, x),
     }
-    check("NF4Linear", found["NF4Linear"], found["operator, NF4"])
+    check("NF4Linear", found["NF4Linear"], found["operator of NF4Linear"])
     for name in ("QLoRALinear", "QLoRALinear, A and B in float32"):
-        check(name, found[name], found["operator, QLoRA"])
+        check(name, found[name], found["operator of QLoRALinear"])
+    check("frozen_adapters", found["the same inside frozen_adapters"], found["QLoRALinear"])
     return found
 
 
@@ -142,14 +190,15 @@ def main() -> None:
     torch.set_num_threads(1)
     take_the_gpus_way()
     with torch.no_grad():
-        found = {rows: microseconds(sides(rows)) for rows in ROWS}
+        found = {name: microseconds(sides(shape)) for name, shape in SHAPES.items()}
 
     where = f"{processor()}, torch {torch.__version__}, triton {runtime.triton.__version__}"
     print(f"{where}\nmicroseconds per call, {I} x {O}, r={RANK}, bfloat16, no_grad\n")
-    heads = [f"M = {rows}" for rows in ROWS]
+    heads = [f"x {name}" for name in SHAPES]
     print("| " + " | ".join(["", *heads]) + " |\n|---" + "|---:" * len(heads) + "|")
-    for side in found[ROWS[0]]:
-        print("| " + " | ".join([side, *(f"{found[rows][side]:.1f}" for rows in ROWS)]) + " |")
+    for side in found["1 x 256"]:
+        cells = [f"{found[name][side]:.1f}" for name in SHAPES]
+        print("| " + " | ".join([side, *cells]) + " |")
     if args.out:
         args.out.write_text(json.dumps({"where": where, "us": found}, indent=1) + "\n")
 

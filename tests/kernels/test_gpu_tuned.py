@@ -1,7 +1,6 @@
 """The file of what was measured on a card: written whole, merged, and never believed unread."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def test_a_write_that_fails_leaves_the_old_file(
     def full(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="no space left"):
         tuned.store(CARD, {(64, 128): TABLE})
     assert tuned.load(CARD) == {(64, 64): TABLE}
