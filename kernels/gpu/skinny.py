@@ -1,23 +1,29 @@
 r"""The skinny product on a GPU: y = x W^T for at most 64 rows of x, where reading W is the work.
 
-The 64 rows of W that a program has are the tall side of a tensor-core product, y^T = W x^T: the
-packed words are copied to shared memory while earlier ones are multiplied, a lane reads its own,
-and `permute.py` turns them into the operand's registers. That takes two re-orderings of W, for
-which no lane has to ask another for anything:
+The 64 rows of W that a program has are the tall side of a tensor-core product, y^T = W x^T. Packed
+words and x are copied to shared memory (`cp.async`) while those before them are multiplied; a lane
+reads its words from there, and `permute.py` turns them into the registers of the operand (from
+which compute capability 10 has to move it to tensor memory). No lane has to ask another for a
+weight, if W is multiplied in the order in which it is loaded:
 
 * Columns. The tensor core wants from the four lanes of a row PIECE neighbouring columns each, then
   the next PIECE from each. A lane has two neighbouring words, 16 columns. But a sum has no order: a
-  column of the product may stand for any column of W, if x is loaded in the same order. With pieces
-  of 4 columns, a block of 64 columns is
+  column of the product may stand for any column of W, if x is loaded in the same order. With four
+  pieces a1 to a4 of the lane a that has the first two words, b1 to b4 of the next lane and so on, a
+  block of 64 columns is
 
-      in memory      a0 a1 a2 a3 | b0 b1 b2 b3 | c0 c1 c2 c3 | d0 d1 d2 d3
-      in the product a0 b0 c0 d0 | a1 b1 c1 d1 | a2 b2 c2 d2 | a3 b3 c3 d3
+      in memory       a1 a2 a3 a4 | b1 b2 b3 b4 | c1 c2 c3 c4 | d1 d2 d3 d4
+      in the product  a1 b1 c1 d1 | a2 b2 c2 d2 | a3 b3 c3 d3 | a4 b4 c4 d4
 
-  where lane a of the row has loaded a0 to a3, lane b has loaded b0 to b3 and so on. How long a
-  piece is depends on the GPU's instructions (`piece`).
+  `_reorder_columns` is this picture. How long a piece is, 4 columns here, `piece` says.
 
-* Rows. Lane l of a quarter of warp w has loaded from rows 8w + l and 32 + 8w + l of W, and the warp
-  owns 16 neighbouring rows of the product, 16w + l and 16w + 8 + l.
+* Rows. A warp loads 8 neighbouring rows and 8 more, 32 below, and owns 16 neighbouring rows of the
+  product:
+
+      rows of W      0 ... 7   8 ... 15  16 ... 23  24 ... 31  32 ... 39  40 ... 47 ...
+      of warp           0         1          2          3          0          1     ...
+
+  `_reorder_rows` brings those of a warp together.
 
 Numerics: a level is rounded to x's dtype and a block's absmax multiplies the block's sum in
 float32,
@@ -60,7 +66,7 @@ def _partial(
     tile, s = tl.program_id(0), tl.program_id(1)
     m = tl.arange(0, MB)
 
-    # Rows of W as they are loaded, and as the product has them. Below the last row of W: that row
+    # Rows of W as they are loaded, and in the product's order. Below the last row of W: that row
     # again, and the result is not stored.
     loaded = tile * ROWS + tl.arange(0, ROWS)
     rows = tl.reshape(_reorder_rows(loaded[:, None]), (ROWS,))
@@ -192,14 +198,16 @@ def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
     capability = capability_of(x.device)
     MB = height(M, capability)
 
-    # Blocks that are multiplied in an iteration, while those of the next two are under way. Four of
-    # 64 rows would leave space for one program on a processor of an H100.
+    # Blocks multiplied in an iteration, while those of the next are under way. With 64 rows
+    # of x, four would fill the shared memory of an H100's processor with one program.
     steps = I // 64
     blocks = next(n for n in ((2, 3, 1) if MB == 64 else (4, 3, 2, 1)) if steps % n == 0)
 
     # So many spans that enough programs read at once.
     tiles = -(-O // ROWS.value)
-    span = -(-steps // blocks // -(-PROGRAMS // tiles)) * blocks
+    iterations = steps // blocks
+    spans = min(iterations, -(-PROGRAMS // tiles))
+    span = -(-iterations // spans) * blocks
     spans = -(-steps // span)
 
     partial = torch.empty(spans, M, O, dtype=torch.float32, device=x.device)
@@ -207,11 +215,15 @@ def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
     if not PORTABLE:
         looked_up = looked_up._replace(levels=byte_planes(x.device, w.quant_type, x.dtype))
 
+    # Registers of four programs on a processor. Left to itself, NVIDIA's assembler aims at more, and
+    # spills for it; with more rows of x it does not.
+    registers = {"maxnreg": 128} if MB <= 16 and not PORTABLE else {}
+
     sizes = M, O, I // 8, I // w.block_size, span, x.stride(0)
     launch(
         _partial, (tiles, spans), x, w.tensors, looked_up, partial, *sizes,
         BLOCK=w.block_size, MB=MB, BLOCKS=blocks, PIECE=piece(capability), PTX=not PORTABLE,
-        num_warps=4, enable_fp_fusion=True,
+        num_warps=4, enable_fp_fusion=True, **registers,
     )  # fmt: skip
     return partial
 
@@ -219,7 +231,7 @@ def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
 def height(M: int, capability: tuple[int, int] | None) -> int:
     """Returns MB, the rows of x that the kernel is compiled for: 8, 16, 32 or 64.
 
-    At least 16 for `wgmma`: Triton 3.6 uses other instructions for 8, in another order.
+    At least 16 for `wgmma`: Triton 3.6 takes `mma.sync` for 8, and it another order.
 
     Example:
         >>> height(3, (8, 0)), height(3, (9, 0)), height(33, (9, 0))
