@@ -6,16 +6,16 @@ reads its words from there, and `permute.py` turns them into the registers of th
 which compute capability 10 has to move it to tensor memory). No lane has to ask another for a
 weight, if W is multiplied in the order in which it is loaded:
 
-* Columns. The tensor core wants from the four lanes of a row PIECE neighbouring columns each, then
-  the next PIECE from each. A lane has two neighbouring words, 16 columns. But a sum has no order: a
-  column of the product may stand for any column of W, if x is loaded in the same order. With four
-  pieces a1 to a4 of the lane a that has the first two words, b1 to b4 of the next lane and so on, a
-  block of 64 columns is
+* Columns. The tensor core wants KWIDTH neighbouring columns from each of the four threads that
+  share a row, then the next KWIDTH from each. A lane has two neighbouring words, 16 columns. But a
+  sum has no order: a column of the product may stand for any column of W, if x is loaded in the
+  same order. Let a1 to a4 be the columns of the thread that has the first two words, four at a
+  time, b1 to b4 those of the next thread and so on. Then a block of 64 columns is
 
       in memory       a1 a2 a3 a4 | b1 b2 b3 b4 | c1 c2 c3 c4 | d1 d2 d3 d4
       in the product  a1 b1 c1 d1 | a2 b2 c2 d2 | a3 b3 c3 d3 | a4 b4 c4 d4
 
-  `_reorder_columns` is this picture. How long a piece is, 4 columns here, `piece` says.
+  `_reorder_columns` is this picture, with KWIDTH = 4; `k_width` says when it is 2.
 
 * Rows. A warp loads 8 neighbouring rows and 8 more, 32 below, and owns 16 neighbouring rows of the
   product:
@@ -57,7 +57,7 @@ PROGRAMS = 512
 def _partial(
     x_ptr, weight, tables, partial_ptr, M, O, row_words, row_blocks, span, stride,
     BLOCK: tl.constexpr, MB: tl.constexpr, BLOCKS: tl.constexpr,
-    PIECE: tl.constexpr, PTX: tl.constexpr,
+    KWIDTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """partial[s, m, o]: the sum over the s-th span of columns, `span` times 64 of them.
 
@@ -81,7 +81,7 @@ def _partial(
     words = weight.packed.to(tl.pointer_type(tl.int32))
     words += first_word[:, None] + tl.arange(0, 8)[None, :]
 
-    xs = x_ptr + m.to(tl.int64)[None, :] * stride + _columns(PIECE)[:, None]
+    xs = x_ptr + m.to(tl.int64)[None, :] * stride + _columns(KWIDTH)[:, None]
 
     levels = load_planes(tables.levels, loaded[:, None]) if PTX else tables.levels
     acc = tl.zeros((ROWS, MB), tl.float32)
@@ -90,7 +90,7 @@ def _partial(
             step = first + j
             word = tl.load(words + 8 * step, eviction_policy="evict_first")
             xt = tl.load(xs + 64 * step, mask=(m < M)[None, :], other=0.0)
-            W = _decode(word, levels, x_ptr.dtype.element_ty, PIECE, PTX)
+            W = _decode(word, levels, x_ptr.dtype.element_ty, KWIDTH, PTX)
             scale = load_scale(first_block + step // (BLOCK // 64), True, weight, tables.map8)
             acc += tl.dot(W, xt) * scale[:, None]
 
@@ -99,12 +99,12 @@ def _partial(
 
 
 @triton.jit
-def _decode(word, levels, DTYPE: tl.constexpr, PIECE: tl.constexpr, PTX: tl.constexpr):
+def _decode(word, levels, DTYPE: tl.constexpr, KWIDTH: tl.constexpr, PTX: tl.constexpr):
     """levels[codes] of a block, in the product's order: word [64, 8] -> [64, 64]."""
     # Pair 2q + p of a word.
     p0, p1, p2, p3 = level_pairs(word, levels, PTX)
     pairs = tl.join(tl.join(p0, p2), tl.join(p1, p3))
-    pairs = _reorder_columns(_reorder_rows(tl.reshape(pairs, (ROWS, 32))), PIECE)
+    pairs = _reorder_columns(_reorder_rows(tl.reshape(pairs, (ROWS, 32))), KWIDTH)
 
     low = (pairs & 0xFFFF).to(tl.int16)
     high = (pairs >> 16).to(tl.int16)
@@ -122,27 +122,27 @@ def _reorder_rows(values):
 
 
 @triton.jit
-def _reorder_columns(values, PIECE: tl.constexpr):
+def _reorder_columns(values, KWIDTH: tl.constexpr):
     """[R, C] with the columns as in memory -> the same in the product's order.
 
-    A quarter of the C = 64 columns, or of their 32 pairs, belongs to each lane.
+    A quarter of the C = 64 columns, or of their 32 pairs, belongs to each thread.
     """
     R: tl.constexpr = values.shape[0]
     C: tl.constexpr = values.shape[1]
-    pieces = tl.reshape(values, (R, 4, 16 // PIECE, PIECE * C // 64))
-    return tl.reshape(tl.permute(pieces, (0, 2, 1, 3)), (R, C))
+    parts = tl.reshape(values, (R, 4, 16 // KWIDTH, KWIDTH * C // 64))
+    return tl.reshape(tl.permute(parts, (0, 2, 1, 3)), (R, C))
 
 
 @triton.jit
-def _columns(PIECE: tl.constexpr):
+def _columns(KWIDTH: tl.constexpr):
     """The columns of a block in the product's order: `_reorder_columns` of 0 ... 63.
 
-    By arithmetic, because Triton forgets in a reshape that PIECE of them are neighbours, and copies
-    x to shared memory in the background only if it knows.
+    By arithmetic, because Triton 3.6 forgets in a reshape that KWIDTH of them are neighbours, and
+    x is copied in the background only if Triton knows it.
     """
     k = tl.arange(0, 64)
-    columns = k // PIECE % 4 * 16 + k // (4 * PIECE) * PIECE + k % PIECE
-    return tl.max_contiguous(tl.multiple_of(columns, PIECE), PIECE)
+    columns = k // KWIDTH % 4 * 16 + k // (4 * KWIDTH) * KWIDTH + k % KWIDTH
+    return tl.max_contiguous(tl.multiple_of(columns, KWIDTH), KWIDTH)
 
 
 @triton.jit
@@ -215,14 +215,14 @@ def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
     if not PORTABLE:
         looked_up = looked_up._replace(levels=byte_planes(x.device, w.quant_type, x.dtype))
 
-    # Registers of four programs on a processor. Left to itself, NVIDIA's assembler aims at more, and
+    # Registers of four programs on a processor. Left alone, NVIDIA's assembler aims at more and
     # spills for it; with more rows of x it does not.
     registers = {"maxnreg": 128} if MB <= 16 and not PORTABLE else {}
 
     sizes = M, O, I // 8, I // w.block_size, span, x.stride(0)
     launch(
         _partial, (tiles, spans), x, w.tensors, looked_up, partial, *sizes,
-        BLOCK=w.block_size, MB=MB, BLOCKS=blocks, PIECE=piece(capability), PTX=not PORTABLE,
+        BLOCK=w.block_size, MB=MB, BLOCKS=blocks, KWIDTH=k_width(capability), PTX=not PORTABLE,
         num_warps=4, enable_fp_fusion=True, **registers,
     )  # fmt: skip
     return partial
@@ -240,14 +240,14 @@ def height(M: int, capability: tuple[int, int] | None) -> int:
     return max(16 if is_hopper(capability) else 8, triton.next_power_of_2(M))
 
 
-def piece(capability: tuple[int, int] | None) -> int:
-    """Returns the neighbouring columns that a lane gives to the product at a time.
+def k_width(capability: tuple[int, int] | None) -> int:
+    """Returns KWIDTH, Triton's kWidth: the neighbouring columns that a thread holds at a time.
 
-    It is what Triton calls kWidth: 2 for `wgmma` and 4 for `mma.sync`. With `tcgen05` (compute
-    capability 10), and on AMD GPUs, no order saves anything.
+    2 for `wgmma` and 4 for `mma.sync`. With `tcgen05` (compute capability 10), and on AMD GPUs, no
+    order saves anything.
 
     Example:
-        >>> piece((8, 0)), piece((9, 0))
+        >>> k_width((8, 0)), k_width((9, 0))
         (4, 2)
     """
     return 2 if is_hopper(capability) else 4
