@@ -1,23 +1,29 @@
 r"""The skinny product on a GPU: y = x W^T for at most 64 rows of x, where reading W is the work.
 
-The 64 rows of W that a program has are the tall side of a tensor-core product, y^T = W x^T: the
-packed words are copied to shared memory while earlier ones are multiplied, a lane reads its own,
-and `permute.py` turns them into the operand's registers. That takes two re-orderings of W, for
-which no lane has to ask another for anything:
+The 64 rows of W that a program has are the tall side of a tensor-core product, y^T = W x^T. Packed
+words and x are copied to shared memory (`cp.async`) while those before them are multiplied; a lane
+reads its words from there, and `permute.py` turns them into the registers of the operand (from
+which compute capability 10 has to move it to tensor memory). No lane has to ask another for a
+weight, if W is multiplied in the order in which it is loaded:
 
-* Columns. The tensor core wants from the four lanes of a row PIECE neighbouring columns each, then
-  the next PIECE from each. A lane has two neighbouring words, 16 columns. But a sum has no order: a
-  column of the product may stand for any column of W, if x is loaded in the same order. With pieces
-  of 4 columns, a block of 64 columns is
+* Columns. The tensor core wants KWIDTH neighbouring columns from each of the four threads that
+  share a row, then the next KWIDTH from each. A lane has two neighbouring words, 16 columns. But a
+  sum has no order: a column of the product may stand for any column of W, if x is loaded in the
+  same order. Let a1 to a4 be the columns of the thread that has the first two words, four at a
+  time, b1 to b4 those of the next thread and so on. Then a block of 64 columns is
 
-      in memory      a0 a1 a2 a3 | b0 b1 b2 b3 | c0 c1 c2 c3 | d0 d1 d2 d3
-      in the product a0 b0 c0 d0 | a1 b1 c1 d1 | a2 b2 c2 d2 | a3 b3 c3 d3
+      in memory       a1 a2 a3 a4 | b1 b2 b3 b4 | c1 c2 c3 c4 | d1 d2 d3 d4
+      in the product  a1 b1 c1 d1 | a2 b2 c2 d2 | a3 b3 c3 d3 | a4 b4 c4 d4
 
-  where lane a of the row has loaded a0 to a3, lane b has loaded b0 to b3 and so on. How long a
-  piece is depends on the GPU's instructions (`piece`).
+  `_reorder_columns` is this picture, with KWIDTH = 4; `k_width` says when it is 2.
 
-* Rows. Lane l of a quarter of warp w has loaded from rows 8w + l and 32 + 8w + l of W, and the warp
-  owns 16 neighbouring rows of the product, 16w + l and 16w + 8 + l.
+* Rows. A warp loads 8 neighbouring rows and 8 more, 32 below, and owns 16 neighbouring rows of the
+  product:
+
+      rows of W      0 ... 7   8 ... 15  16 ... 23  24 ... 31  32 ... 39  40 ... 47 ...
+      of warp           0         1          2          3          0          1     ...
+
+  `_reorder_rows` brings those of a warp together.
 
 Numerics: a level is rounded to x's dtype and a block's absmax multiplies the block's sum in
 float32,
@@ -51,7 +57,7 @@ PROGRAMS = 512
 def _partial(
     x_ptr, weight, tables, partial_ptr, M, O, row_words, row_blocks, span, stride,
     BLOCK: tl.constexpr, MB: tl.constexpr, BLOCKS: tl.constexpr,
-    PIECE: tl.constexpr, PTX: tl.constexpr,
+    KWIDTH: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """partial[s, m, o]: the sum over the s-th span of columns, `span` times 64 of them.
 
@@ -60,7 +66,7 @@ def _partial(
     tile, s = tl.program_id(0), tl.program_id(1)
     m = tl.arange(0, MB)
 
-    # Rows of W as they are loaded, and as the product has them. Below the last row of W: that row
+    # Rows of W as they are loaded, and in the product's order. Below the last row of W: that row
     # again, and the result is not stored.
     loaded = tile * ROWS + tl.arange(0, ROWS)
     rows = tl.reshape(_reorder_rows(loaded[:, None]), (ROWS,))
@@ -75,7 +81,7 @@ def _partial(
     words = weight.packed.to(tl.pointer_type(tl.int32))
     words += first_word[:, None] + tl.arange(0, 8)[None, :]
 
-    xs = x_ptr + m.to(tl.int64)[None, :] * stride + _columns(PIECE)[:, None]
+    xs = x_ptr + m.to(tl.int64)[None, :] * stride + _columns(KWIDTH)[:, None]
 
     levels = load_planes(tables.levels, loaded[:, None]) if PTX else tables.levels
     acc = tl.zeros((ROWS, MB), tl.float32)
@@ -84,7 +90,7 @@ def _partial(
             step = first + j
             word = tl.load(words + 8 * step, eviction_policy="evict_first")
             xt = tl.load(xs + 64 * step, mask=(m < M)[None, :], other=0.0)
-            W = _decode(word, levels, x_ptr.dtype.element_ty, PIECE, PTX)
+            W = _decode(word, levels, x_ptr.dtype.element_ty, KWIDTH, PTX)
             scale = load_scale(first_block + step // (BLOCK // 64), True, weight, tables.map8)
             acc += tl.dot(W, xt) * scale[:, None]
 
@@ -93,12 +99,12 @@ def _partial(
 
 
 @triton.jit
-def _decode(word, levels, DTYPE: tl.constexpr, PIECE: tl.constexpr, PTX: tl.constexpr):
+def _decode(word, levels, DTYPE: tl.constexpr, KWIDTH: tl.constexpr, PTX: tl.constexpr):
     """levels[codes] of a block, in the product's order: word [64, 8] -> [64, 64]."""
     # Pair 2q + p of a word.
     p0, p1, p2, p3 = level_pairs(word, levels, PTX)
     pairs = tl.join(tl.join(p0, p2), tl.join(p1, p3))
-    pairs = _reorder_columns(_reorder_rows(tl.reshape(pairs, (ROWS, 32))), PIECE)
+    pairs = _reorder_columns(_reorder_rows(tl.reshape(pairs, (ROWS, 32))), KWIDTH)
 
     low = (pairs & 0xFFFF).to(tl.int16)
     high = (pairs >> 16).to(tl.int16)
@@ -116,27 +122,27 @@ def _reorder_rows(values):
 
 
 @triton.jit
-def _reorder_columns(values, PIECE: tl.constexpr):
+def _reorder_columns(values, KWIDTH: tl.constexpr):
     """[R, C] with the columns as in memory -> the same in the product's order.
 
-    A quarter of the C = 64 columns, or of their 32 pairs, belongs to each lane.
+    A quarter of the C = 64 columns, or of their 32 pairs, belongs to each thread.
     """
     R: tl.constexpr = values.shape[0]
     C: tl.constexpr = values.shape[1]
-    pieces = tl.reshape(values, (R, 4, 16 // PIECE, PIECE * C // 64))
-    return tl.reshape(tl.permute(pieces, (0, 2, 1, 3)), (R, C))
+    parts = tl.reshape(values, (R, 4, 16 // KWIDTH, KWIDTH * C // 64))
+    return tl.reshape(tl.permute(parts, (0, 2, 1, 3)), (R, C))
 
 
 @triton.jit
-def _columns(PIECE: tl.constexpr):
+def _columns(KWIDTH: tl.constexpr):
     """The columns of a block in the product's order: `_reorder_columns` of 0 ... 63.
 
-    By arithmetic, because Triton forgets in a reshape that PIECE of them are neighbours, and copies
-    x to shared memory in the background only if it knows.
+    By arithmetic, because Triton 3.6 forgets in a reshape that KWIDTH of them are neighbours, and
+    x is copied in the background only if Triton knows it.
     """
     k = tl.arange(0, 64)
-    columns = k // PIECE % 4 * 16 + k // (4 * PIECE) * PIECE + k % PIECE
-    return tl.max_contiguous(tl.multiple_of(columns, PIECE), PIECE)
+    columns = k // KWIDTH % 4 * 16 + k // (4 * KWIDTH) * KWIDTH + k % KWIDTH
+    return tl.max_contiguous(tl.multiple_of(columns, KWIDTH), KWIDTH)
 
 
 @triton.jit
@@ -192,14 +198,16 @@ def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
     capability = capability_of(x.device)
     MB = height(M, capability)
 
-    # Blocks that are multiplied in an iteration, while those of the next two are under way. Four of
-    # 64 rows would leave space for one program on a processor of an H100.
+    # Blocks multiplied in an iteration, while those of the next are under way. With 64 rows
+    # of x, four would fill the shared memory of an H100's processor with one program.
     steps = I // 64
     blocks = next(n for n in ((2, 3, 1) if MB == 64 else (4, 3, 2, 1)) if steps % n == 0)
 
     # So many spans that enough programs read at once.
     tiles = -(-O // ROWS.value)
-    span = -(-steps // blocks // -(-PROGRAMS // tiles)) * blocks
+    iterations = steps // blocks
+    spans = min(iterations, -(-PROGRAMS // tiles))
+    span = -(-iterations // spans) * blocks
     spans = -(-steps // span)
 
     partial = torch.empty(spans, M, O, dtype=torch.float32, device=x.device)
@@ -207,11 +215,15 @@ def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
     if not PORTABLE:
         looked_up = looked_up._replace(levels=byte_planes(x.device, w.quant_type, x.dtype))
 
+    # Registers of four programs on a processor. Left alone, NVIDIA's assembler aims at more and
+    # spills for it; with more rows of x it does not.
+    registers = {"maxnreg": 128} if MB <= 16 and not PORTABLE else {}
+
     sizes = M, O, I // 8, I // w.block_size, span, x.stride(0)
     launch(
         _partial, (tiles, spans), x, w.tensors, looked_up, partial, *sizes,
-        BLOCK=w.block_size, MB=MB, BLOCKS=blocks, PIECE=piece(capability), PTX=not PORTABLE,
-        num_warps=4, enable_fp_fusion=True,
+        BLOCK=w.block_size, MB=MB, BLOCKS=blocks, KWIDTH=k_width(capability), PTX=not PORTABLE,
+        num_warps=4, enable_fp_fusion=True, **registers,
     )  # fmt: skip
     return partial
 
@@ -219,7 +231,7 @@ def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
 def height(M: int, capability: tuple[int, int] | None) -> int:
     """Returns MB, the rows of x that the kernel is compiled for: 8, 16, 32 or 64.
 
-    At least 16 for `wgmma`: Triton 3.6 uses other instructions for 8, in another order.
+    At least 16 for `wgmma`: Triton 3.6 takes `mma.sync` for 8, and it another order.
 
     Example:
         >>> height(3, (8, 0)), height(3, (9, 0)), height(33, (9, 0))
@@ -228,14 +240,14 @@ def height(M: int, capability: tuple[int, int] | None) -> int:
     return max(16 if is_hopper(capability) else 8, triton.next_power_of_2(M))
 
 
-def piece(capability: tuple[int, int] | None) -> int:
-    """Returns the neighbouring columns that a lane gives to the product at a time.
+def k_width(capability: tuple[int, int] | None) -> int:
+    """Returns KWIDTH, Triton's kWidth: the neighbouring columns that a thread holds at a time.
 
-    It is what Triton calls kWidth: 2 for `wgmma` and 4 for `mma.sync`. With `tcgen05` (compute
-    capability 10), and on AMD GPUs, no order saves anything.
+    2 for `wgmma` and 4 for `mma.sync`. With `tcgen05` (compute capability 10), and on AMD GPUs, no
+    order saves anything.
 
     Example:
-        >>> piece((8, 0)), piece((9, 0))
+        >>> k_width((8, 0)), k_width((9, 0))
         (4, 2)
     """
     return 2 if is_hopper(capability) else 4

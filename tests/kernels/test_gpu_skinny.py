@@ -18,27 +18,27 @@ from minilora.kernels.reference.nf4 import PackedWeight
 SKINNY = {"path": "skinny"}
 
 # As if the GPU were of that compute capability: one for each order of the columns.
-ORDERS = pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["pieces of 4", "pieces of 2"])
+ORDERS = pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["k_width 4", "k_width 2"])
 
 
 @triton.jit
-def reorder(out, columns, PIECE: tl.constexpr):
+def reorder(out, columns, KWIDTH: tl.constexpr):
     i = tl.arange(0, 64)
     numbers = i[:, None] * 64 + i[None, :]
-    reordered = skinny._reorder_columns(skinny._reorder_rows(numbers), PIECE)
+    reordered = skinny._reorder_columns(skinny._reorder_rows(numbers), KWIDTH)
     tl.store(out + numbers, reordered)
-    tl.store(columns + i, skinny._columns(PIECE))
+    tl.store(columns + i, skinny._columns(KWIDTH))
 
 
-@pytest.mark.parametrize("piece", [2, 4])
-def test_rows_and_columns_stand_where_the_docstring_says(piece: int) -> None:
+@pytest.mark.parametrize("width", [2, 4])
+def test_rows_and_columns_stand_where_the_docstring_says(width: int) -> None:
     out = torch.empty(64, 64, dtype=torch.int32, device=DEVICE)
     of_x = torch.empty(64, dtype=torch.int32, device=DEVICE)
-    reorder[(1,)](out, of_x, PIECE=piece)
+    reorder[(1,)](out, of_x, KWIDTH=width)
 
-    # Lane a has columns 0 to 15, lane b 16 to 31 and so on: a piece of each, then the next.
-    firsts = [16 * lane + first for first in range(0, 16, piece) for lane in range(4)]
-    columns = torch.tensor([first + k for first in firsts for k in range(piece)])
+    # Four threads have 16 columns each: the first of each, then the next.
+    firsts = [16 * thread + first for first in range(0, 16, width) for thread in range(4)]
+    columns = torch.tensor([first + k for first in firsts for k in range(width)])
     assert torch.equal(of_x.cpu(), columns.int())
 
     # Warp w owns rows 16w to 16w + 15 of the product.
@@ -48,7 +48,7 @@ def test_rows_and_columns_stand_where_the_docstring_says(piece: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "piece", "least"),
+    ("capability", "width", "least"),
     [
         (None, 4, 8),
         ((7, 5), 4, 8),
@@ -63,9 +63,9 @@ def test_rows_and_columns_stand_where_the_docstring_says(piece: int) -> None:
     ids=str,
 )
 def test_the_order_and_height_of_a_generation(
-    capability: tuple[int, int] | None, piece: int, least: int
+    capability: tuple[int, int] | None, width: int, least: int
 ) -> None:
-    assert skinny.piece(capability) == piece
+    assert skinny.k_width(capability) == width
     found = [skinny.height(M, capability) for M in (1, 8, 9, 16, 17, 32, 33, 64)]
     assert found == [least, least, 16, 16, 32, 32, 64, 64]
 
@@ -149,7 +149,7 @@ def test_both_orders_give_the_sums_of_the_same_columns(monkeypatch: pytest.Monke
 def test_rows_of_x_at_any_distance(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Loaded a piece at a time only where every row begins at a multiple of 16.
+    # Copied several at a time only where every row begins at a multiple of 16.
     monkeypatch.setattr(skinny, "capability_of", lambda device: capability)
     w, x = packed_weight(0.1 * gaussian(65, 192), 64, True), gaussian(33, 192).bfloat16()
     expected = product(x, w)
