@@ -30,7 +30,7 @@ def takes(line: dict[str, Any], M: int, I: int, block_size: int) -> bool:
         return True
     if I % line.get("BI", 64) or I % block_size:
         return False
-    return line["path"] == "tile" or (M <= 16 and block_size >= 64)
+    return line["path"] == "tile" or (M <= 64 and block_size >= 64)
 
 
 def choose(direction: str, M: int, O: int, I: int, block_size: int) -> dict[str, Any]:

@@ -17,17 +17,42 @@ in memory. Tested on every 16-bit half of a word.
 import functools
 
 import torch
+from torch import Tensor
 
 from ..reference import codebooks
 from .runtime import tl, triton
 
+# Copies of the planes in memory: one for each row that a warp reads at a time.
+COPIES = tl.constexpr(8)
+
 
 @functools.cache
-def ptx(quant_type: str, dtype: torch.dtype) -> str:
-    """Returns the PTX that turns word $4 into four registers of two levels, in memory order."""
-    bits = codebooks.levels(quant_type).to(dtype).view(torch.int16).tolist()
-    planes = {"low": _plane(bits, 0), "high": _plane(bits, 8)}
+def byte_planes(device: torch.device, quant_type: str, dtype: torch.dtype) -> Tensor:
+    """Returns the bytes of the 16 levels in a 16-bit dtype, first all low ones: uint8 [8, 2, 16].
 
+    There are eight copies because a kernel in which every lane reads the same address makes the
+    compiler hold the planes in uniform registers, of which `prmt` takes none: it then moves one to
+    an ordinary register for almost every permute, one instruction more per weight.
+    """
+    levels = codebooks.levels(quant_type).to(dtype)
+    planes = levels.view(torch.uint8).view(16, 2).T
+    return planes.repeat(COPIES.value, 1, 1).to(device)
+
+
+@triton.jit
+def load_planes(planes_ptr, rows):
+    """The eight registers of `byte_planes`, in the shape of `rows`: a copy for every eighth row."""
+    word = planes_ptr.to(tl.pointer_type(tl.int32)) + 8 * (rows % COPIES)
+    l0, l1, l2, l3 = tl.load(word), tl.load(word + 1), tl.load(word + 2), tl.load(word + 3)
+    h0, h1, h2, h3 = tl.load(word + 4), tl.load(word + 5), tl.load(word + 6), tl.load(word + 7)
+    return l0, l1, l2, l3, h0, h1, h2, h3
+
+
+def _look_up() -> str:
+    """Returns the PTX that turns word $4 into four registers of two levels, in memory order.
+
+    The planes are $5 to $8, low bytes, and $9 to $12, high bytes.
+    """
     # Nibble i of a selector: three bits of code i; in the last permute i, or i + 4 where the code
     # has bit 3.
     text = [
@@ -42,10 +67,10 @@ def ptx(quant_type: str, dtype: torch.dtype) -> str:
         if half:
             text += ["shr.u32 code, code, 16;", "shr.u32 which, which, 16;"]
 
-        for name, (p0, p1, p2, p3) in planes.items():
+        for name, first in (("low", 5), ("high", 9)):
             text += [
-                f"prmt.b32 x, {p0}, {p1}, code;",
-                f"prmt.b32 y, {p2}, {p3}, code;",
+                f"prmt.b32 x, ${first}, ${first + 1}, code;",
+                f"prmt.b32 y, ${first + 2}, ${first + 3}, code;",
                 f"prmt.b32 {name}, x, y, which;",
             ]
 
@@ -58,11 +83,7 @@ def ptx(quant_type: str, dtype: torch.dtype) -> str:
     return "{" + " ".join(text) + "}"
 
 
-def _plane(bits: list[int], shift: int) -> list[str]:
-    """Returns one byte of each of the 16 levels, as four hexadecimal words."""
-    byte = [b >> shift & 255 for b in bits]
-    words = [sum(byte[4 * i + j] << 8 * j for j in range(4)) for i in range(4)]
-    return [hex(word) for word in words]
+_LOOK_UP = tl.constexpr(_look_up())
 
 
 @triton.jit
@@ -77,13 +98,15 @@ def _pair(first, second, levels):
 def level_pairs(word, levels, PTX: tl.constexpr):
     """Four int32 of two 16-bit levels each: weights (0, 1), (2, 3), (4, 5), (6, 7) of every word.
 
-    PTX: what `ptx` returns for these levels, or None to look them up in `levels`, 16 bits each.
+    levels: what `load_planes` returned, with PTX; without, the pointer to the 16 levels, 16 bits
+    each.
     """
-    if PTX is not None:
+    if PTX:
+        l0, l1, l2, l3, h0, h1, h2, h3 = levels
         p0, p1, p2, p3 = tl.inline_asm_elementwise(
-            PTX,
-            "=r,=r,=r,=r,r",
-            [word],
+            _LOOK_UP,
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
+            [word, l0, l1, l2, l3, h0, h1, h2, h3],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True,
             pack=1,

@@ -1,20 +1,23 @@
-r"""The skinny product on a GPU: y = x W^T for at most 16 rows of x, where reading W is the work.
+r"""The skinny product on a GPU: y = x W^T for at most 64 rows of x, where reading W is the work.
 
-The 64 rows of W that a program has are the tall side of a tensor-core product, y^T = W x^T, so that
-the decoded weights go from `permute.py` straight into the operand's registers. (The packed words
-come through shared memory: their loads are pipelined.) That takes two re-orderings:
+The 64 rows of W that a program has are the tall side of a tensor-core product, y^T = W x^T: the
+packed words are copied to shared memory while earlier ones are multiplied, a lane reads its own,
+and `permute.py` turns them into the operand's registers. That takes two re-orderings of W, for
+which no lane has to ask another for anything:
 
-* Columns. In every 16 columns a tensor core wants from lane 4g + t the columns 2t, 2t+1, 2t+8, 2t+9
-  of its row. A lane has loaded two neighbouring words, 16 columns in a row. But a sum has no order,
-  so column k' of the product may stand for any column k of W, if x is loaded in the same order.
-  With bits b, p, q, v and t = 0 ... 3, in a block of 64:
+* Columns. The tensor core wants from the four lanes of a row PIECE neighbouring columns each, then
+  the next PIECE from each. A lane has two neighbouring words, 16 columns. But a sum has no order: a
+  column of the product may stand for any column of W, if x is loaded in the same order. With pieces
+  of 4 columns, a block of 64 columns is
 
-      k  = b + 2p + 4q + 8v + 16t    (as it lies in memory)
-      k' = b + 2t + 8p + 16q + 32v   (as the product reads it)
+      in memory      a0 a1 a2 a3 | b0 b1 b2 b3 | c0 c1 c2 c3 | d0 d1 d2 d3
+      in the product a0 b0 c0 d0 | a1 b1 c1 d1 | a2 b2 c2 d2 | a3 b3 c3 d3
 
-* Rows. Lane l of warp w has loaded from rows 8w + l and 32 + 8w + l of W, and the warp owns 16
-  neighbouring rows of the product: row 32h + 8w + l of W (`loaded`) is row 16w + 8h + l of the
-  product (`rows`), l = 0 ... 7, h = 0, 1.
+  where lane a of the row has loaded a0 to a3, lane b has loaded b0 to b3 and so on. How long a
+  piece is depends on the GPU's instructions (`piece`).
+
+* Rows. Lane l of a quarter of warp w has loaded from rows 8w + l and 32 + 8w + l of W, and the warp
+  owns 16 neighbouring rows of the product, 16w + l and 16w + 8 + l.
 
 Numerics: a level is rounded to x's dtype and a block's absmax multiplies the block's sum in
 float32,
@@ -23,16 +26,18 @@ float32,
 
 where `dequantize` rounds level * absmax. Both round a weight once, so their errors are alike, but
 they are not bit-identical.
+
+Dimension letters: M rows of x, I in_features, O out_features; MB is M rounded up to a power of two.
 """
 
-import math
+import functools
 
 import torch
 from torch import Tensor
 
 from ..reference.nf4 import PackedWeight
 from .nf4 import load_scale
-from .permute import level_pairs, ptx
+from .permute import byte_planes, level_pairs, load_planes
 from .runtime import PORTABLE, LowRank, launch, tables, term_of, tl, triton
 
 # Rows of W in a program: four warps of 16.
@@ -43,63 +48,95 @@ PROGRAMS = 512
 
 
 @triton.jit
-def _block(word, x, levels, PTX: tl.constexpr):
-    """levels[codes] x^T for one block of 64 columns, in the product's order.
-
-    word [64, 8], x [64, MB] -> [64, MB] float32.
-    """
-    # Pair 2q + p of a word.
-    p0, p1, p2, p3 = level_pairs(word, levels, PTX)
-
-    # h w l, t v, q p
-    pairs = tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (2, 4, 8, 4, 2, 2, 2))
-    # w h l, v q p t
-    pairs = tl.reshape(tl.permute(pairs, (1, 0, 2, 4, 5, 6, 3)), (64, 32))
-
-    low = (pairs & 0xFFFF).to(tl.int16)
-    high = (pairs >> 16).to(tl.int16)
-    W = tl.reshape(tl.join(low, high), (64, 64)).to(x.dtype, bitcast=True)
-    return tl.dot(W, x)
-
-
-@triton.jit
 def _partial(
     x_ptr, weight, tables, partial_ptr, M, O, row_words, row_blocks, span, stride,
-    BLOCK: tl.constexpr, MB: tl.constexpr, BLOCKS: tl.constexpr, PTX: tl.constexpr,
+    BLOCK: tl.constexpr, MB: tl.constexpr, BLOCKS: tl.constexpr,
+    PIECE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """partial[s, m, o]: the sum over the s-th span of columns.
+    """partial[s, m, o]: the sum over the s-th span of columns, `span` times 64 of them.
 
     The sizes of a row are arguments, so that Triton sees what divides them.
     """
     tile, s = tl.program_id(0), tl.program_id(1)
-    loaded = tile * ROWS + tl.arange(0, ROWS)
-
-    # Rows and columns of W in the product's order.
-    n = tl.arange(0, ROWS)
-    rows = tile * ROWS + (n >> 3 & 1) * 32 + (n >> 4) * 8 + (n & 7)
-    k = tl.arange(0, 64)
-    columns = (k & 1) + (k >> 3 & 1) * 2 + (k >> 4 & 1) * 4 + (k >> 5) * 8 + (k >> 1 & 3) * 16
     m = tl.arange(0, MB)
 
-    # Below the last row of W: that row again, and the result is not stored.
+    # Rows of W as they are loaded, and as the product has them. Below the last row of W: that row
+    # again, and the result is not stored.
+    loaded = tile * ROWS + tl.arange(0, ROWS)
+    rows = tl.reshape(_reorder_rows(loaded[:, None]), (ROWS,))
     first_word = tl.minimum(loaded, O - 1).to(tl.int64) * row_words
+
+    # An int32 counts the blocks of 2^37 weights. Unsigned, so that dividing is shifting.
+    first_block = (tl.minimum(rows, O - 1) * row_blocks).to(tl.uint32)
+
+    # Two words per lane, as the columns' order needs it. Triton would give it four if it saw that
+    # the rows are aligned to 16 bytes, and one if it saw no alignment (I = 64 * odd).
+    first_word = tl.multiple_of(first_word, 2)
     words = weight.packed.to(tl.pointer_type(tl.int32))
     words += first_word[:, None] + tl.arange(0, 8)[None, :]
-    xs = x_ptr + m.to(tl.int64)[None, :] * stride + columns[:, None]
-    first_block = tl.minimum(rows, O - 1).to(tl.int64) * row_blocks
 
+    xs = x_ptr + m.to(tl.int64)[None, :] * stride + _columns(PIECE)[:, None]
+
+    levels = load_planes(tables.levels, loaded[:, None]) if PTX else tables.levels
     acc = tl.zeros((ROWS, MB), tl.float32)
-    for start in range(s * span, tl.minimum((s + 1) * span, row_words * 8), 64 * BLOCKS):
+    for first in range(s * span, tl.minimum((s + 1) * span, row_words // 8), BLOCKS):
         for j in tl.static_range(BLOCKS):
-            at = tl.multiple_of(start, 64) + 64 * j
-            word = tl.load(words + at // 8, eviction_policy="evict_first")
-            b = first_block + at // BLOCK
-            scale = load_scale(b, True, weight, tables.map8)
-            xt = tl.load(xs + at, mask=(m < M)[None, :], other=0.0)
-            acc += _block(word, xt, tables.levels, PTX) * scale[:, None]
+            step = first + j
+            word = tl.load(words + 8 * step, eviction_policy="evict_first")
+            xt = tl.load(xs + 64 * step, mask=(m < M)[None, :], other=0.0)
+            W = _decode(word, levels, x_ptr.dtype.element_ty, PIECE, PTX)
+            scale = load_scale(first_block + step // (BLOCK // 64), True, weight, tables.map8)
+            acc += tl.dot(W, xt) * scale[:, None]
 
     where = partial_ptr + (s * M + m).to(tl.int64)[None, :] * O + rows[:, None]
     tl.store(where, acc, mask=(m < M)[None, :] & (rows < O)[:, None])
+
+
+@triton.jit
+def _decode(word, levels, DTYPE: tl.constexpr, PIECE: tl.constexpr, PTX: tl.constexpr):
+    """levels[codes] of a block, in the product's order: word [64, 8] -> [64, 64]."""
+    # Pair 2q + p of a word.
+    p0, p1, p2, p3 = level_pairs(word, levels, PTX)
+    pairs = tl.join(tl.join(p0, p2), tl.join(p1, p3))
+    pairs = _reorder_columns(_reorder_rows(tl.reshape(pairs, (ROWS, 32))), PIECE)
+
+    low = (pairs & 0xFFFF).to(tl.int16)
+    high = (pairs >> 16).to(tl.int16)
+    return tl.reshape(tl.join(low, high), (ROWS, 64)).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def _reorder_rows(values):
+    """[64, C] with the rows as loaded -> the same in the product's order.
+
+    Row 32h + 8w + l becomes row 16w + 8h + l.
+    """
+    C: tl.constexpr = values.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(values, (2, 4, 8, C)), (1, 0, 2, 3)), (ROWS, C))
+
+
+@triton.jit
+def _reorder_columns(values, PIECE: tl.constexpr):
+    """[R, C] with the columns as in memory -> the same in the product's order.
+
+    A quarter of the C = 64 columns, or of their 32 pairs, belongs to each lane.
+    """
+    R: tl.constexpr = values.shape[0]
+    C: tl.constexpr = values.shape[1]
+    pieces = tl.reshape(values, (R, 4, 16 // PIECE, PIECE * C // 64))
+    return tl.reshape(tl.permute(pieces, (0, 2, 1, 3)), (R, C))
+
+
+@triton.jit
+def _columns(PIECE: tl.constexpr):
+    """The columns of a block in the product's order: `_reorder_columns` of 0 ... 63.
+
+    By arithmetic, because Triton forgets in a reshape that PIECE of them are neighbours, and copies
+    x to shared memory in the background only if it knows.
+    """
+    k = tl.arange(0, 64)
+    columns = k // PIECE % 4 * 16 + k // (4 * PIECE) * PIECE + k % PIECE
+    return tl.max_contiguous(tl.multiple_of(columns, PIECE), PIECE)
 
 
 @triton.jit
@@ -134,7 +171,7 @@ def _sum(
 def skinny_forward(x: Tensor, w: PackedWeight, bias: Tensor | None, low: LowRank | None) -> Tensor:
     """Returns x W^T + bias + scale * left right^T, [M, O].
 
-    x is [M, I] with M <= 16, float16 or bfloat16.
+    x is [M, I] with M <= 64, float16 or bfloat16.
     """
     M, O = x.shape[0], w.shape[0]
     partial = _partial_sums(x, w)
@@ -142,7 +179,7 @@ def skinny_forward(x: Tensor, w: PackedWeight, bias: Tensor | None, low: LowRank
 
     y = torch.empty(M, O, dtype=x.dtype, device=x.device)
     BR = min(64, triton.next_power_of_2(low.left.shape[1])) if low else 1
-    grid = (triton.cdiv(O, 128), M)
+    grid = (-(-O // 128), M)
     launch(_sum, grid, partial, bias, term_of(low), y, M, O, spans, BO=128, BR=BR, num_warps=4)
     return y
 
@@ -152,21 +189,66 @@ def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
     M, I = x.shape
     O = w.shape[0]
 
-    # Up to four blocks are loaded before the first is multiplied.
-    blocks = math.gcd(I // 64, 4)
-    steps = I // (64 * blocks)
+    capability = capability_of(x.device)
+    MB = height(M, capability)
+
+    # Blocks that are multiplied in an iteration, while those of the next two are under way. Four of
+    # 64 rows would leave space for one program on a processor of an H100.
+    steps = I // 64
+    blocks = next(n for n in ((2, 3, 1) if MB == 64 else (4, 3, 2, 1)) if steps % n == 0)
 
     # So many spans that enough programs read at once.
-    tiles = triton.cdiv(O, ROWS.value)
-    span = triton.cdiv(steps, min(steps, triton.cdiv(PROGRAMS, tiles))) * 64 * blocks
-    spans = triton.cdiv(I, span)
+    tiles = -(-O // ROWS.value)
+    span = -(-steps // blocks // -(-PROGRAMS // tiles)) * blocks
+    spans = -(-steps // span)
 
     partial = torch.empty(spans, M, O, dtype=torch.float32, device=x.device)
     looked_up = tables(x.device, w.quant_type, x.dtype)
+    if not PORTABLE:
+        looked_up = looked_up._replace(levels=byte_planes(x.device, w.quant_type, x.dtype))
+
     sizes = M, O, I // 8, I // w.block_size, span, x.stride(0)
     launch(
         _partial, (tiles, spans), x, w.tensors, looked_up, partial, *sizes,
-        BLOCK=w.block_size, MB=8 if M <= 8 else 16, BLOCKS=blocks,
-        PTX=None if PORTABLE else ptx(w.quant_type, x.dtype), num_warps=4, enable_fp_fusion=True,
+        BLOCK=w.block_size, MB=MB, BLOCKS=blocks, PIECE=piece(capability), PTX=not PORTABLE,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return partial
+
+
+def height(M: int, capability: tuple[int, int] | None) -> int:
+    """Returns MB, the rows of x that the kernel is compiled for: 8, 16, 32 or 64.
+
+    At least 16 for `wgmma`: Triton 3.6 uses other instructions for 8, in another order.
+
+    Example:
+        >>> height(3, (8, 0)), height(3, (9, 0)), height(33, (9, 0))
+        (8, 16, 64)
+    """
+    return max(16 if is_hopper(capability) else 8, triton.next_power_of_2(M))
+
+
+def piece(capability: tuple[int, int] | None) -> int:
+    """Returns the neighbouring columns that a lane gives to the product at a time.
+
+    It is what Triton calls kWidth: 2 for `wgmma` and 4 for `mma.sync`. With `tcgen05` (compute
+    capability 10), and on AMD GPUs, no order saves anything.
+
+    Example:
+        >>> piece((8, 0)), piece((9, 0))
+        (4, 2)
+    """
+    return 2 if is_hopper(capability) else 4
+
+
+def is_hopper(capability: tuple[int, int] | None) -> bool:
+    """Whether Triton multiplies with `wgmma`, which compute capability 9 alone has."""
+    return capability is not None and capability[0] == 9
+
+
+@functools.cache
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Returns the compute capability of an NVIDIA GPU, None for another device."""
+    if PORTABLE or device.type != "cuda":
+        return None
+    return torch.cuda.get_device_capability(device)
