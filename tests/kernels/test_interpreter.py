@@ -19,7 +19,8 @@ if os.environ["TRITON_INTERPRET"] != "1":
 
 import triton.language as tl  # noqa: E402
 from interpreter import narrow, repair, widen  # noqa: E402
-from ptx import prmt, run_ptx  # noqa: E402
+from ptx import run_ptx  # noqa: E402
+from ptx_arithmetic import prmt  # noqa: E402
 
 repair()
 
@@ -186,5 +187,5 @@ def test_prmt_picks_bytes_and_repeats_signs() -> None:
 def test_ptx_runs_statement_by_statement() -> None:
     text = "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 t, t, 0xF; or.b32 $0, t, 0x10; }"
     assert run_ptx(text, 1, [np.array([0x35, 0xFF], np.uint32)])[0].tolist() == [0x13, 0x1F]
-    with pytest.raises(NotImplementedError, match=r"lop3\.b32"):
-        run_ptx("{ lop3.b32 $0, $1, $1, $1, 0x80; }", 1, [np.array([0], np.uint32)])
+    with pytest.raises(NotImplementedError, match=r"ex2\.approx\.f32"):
+        run_ptx("{ ex2.approx.f32 $0, $1; }", 1, [np.array([0], np.uint32)])

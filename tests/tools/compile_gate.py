@@ -180,14 +180,16 @@ def compiled(launch: Launch, target: str) -> Any:
             constants[path] = value
             return "constexpr"
         if isinstance(value, Tensor):
-            # The allocator aligns; and triton sees that a tensor is under 2 GB.
-            attributes[path] = [["tt.divisibility", 16]]
+            # Triton sees that a tensor is aligned, and under 2 GB.
+            attributes[path] = [["tt.divisibility", 16]] if value.data_ptr() % 16 == 0 else []
             if target.startswith("gfx"):
                 attributes[path].append(["tt.pointer_range", 32])
             return POINTERS[value.dtype]
         if isinstance(value, int) and value % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
-        return "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, float):
+            return "fp32"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     signature: dict[str, Any] = {}
     for i, name in enumerate(names):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from ptx import run_ptx
+from ptx_values import narrow, widen
 from triton.runtime import interpreter
 
 Handle = interpreter.TensorHandle
@@ -37,20 +38,6 @@ _run = interpreter.GridExecutor.__call__
 
 _FLOATS = {tl.float16, tl.float32, tl.float64}
 _COMPARE = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
-
-
-def widen(bits: Any) -> Any:
-    """bfloat16 bit patterns (uint16) to float32: the upper half of its bits."""
-    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
-
-
-def narrow(x: Any) -> Any:
-    """float32 to bfloat16 bit patterns, rounded to nearest, ties to even."""
-    x = np.ascontiguousarray(x, np.float32)
-    bits = x.view(np.uint32)
-    odd = (bits >> 16) & 1
-    rounded = (bits + (np.uint32(0x7FFF) + odd)) >> 16
-    return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
 
 
 def _wide(handle: Any) -> Any:

@@ -1,40 +1,13 @@
-"""An emulator of the few PTX instructions that the kernels use, on numpy arrays."""
+"""Inline PTX for Triton's interpreter: the arithmetic instructions of the emulator, on any arrays.
 
-import re
-from collections.abc import Callable
+The other files named ptx_ are the emulator of whole kernels; ptx_machine.py is where to begin.
+"""
+
 from typing import Any
 
 import numpy as np
-
-
-def prmt(a: Any, b: Any, selector: Any) -> Any:
-    """Picks four bytes of b:a.
-
-    Byte i of the result is byte (nibble i of the selector) & 7 of b:a, or its sign bit eight times
-    where the nibble has bit 3.
-    """
-    a, b, selector = (np.asarray(v, np.uint32) for v in (a, b, selector))
-    eight = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-    result = np.zeros(np.broadcast(a, b, selector).shape, np.uint32)
-
-    for i in range(4):
-        nibble = selector >> np.uint32(4 * i) & np.uint32(15)
-        shift = (nibble & np.uint32(7)) * np.uint32(8)
-        byte = (eight >> shift.astype(np.uint64) & np.uint64(255)).astype(np.uint32)
-
-        sign = (byte >> np.uint32(7)) * np.uint32(255)
-        byte = np.where(nibble & np.uint32(8), sign, byte)
-        result |= byte << np.uint32(8 * i)
-
-    return result
-
-
-INSTRUCTIONS: dict[str, Callable[..., Any]] = {
-    "prmt.b32": prmt,
-    "and.b32": np.bitwise_and,
-    "or.b32": np.bitwise_or,
-    "shr.u32": np.right_shift,
-}
+from ptx_operands import arithmetic, move
+from ptx_program import Body, parse_body
 
 
 def run_ptx(text: str, outputs: int, inputs: list[Any]) -> list[Any]:
@@ -42,21 +15,17 @@ def run_ptx(text: str, outputs: int, inputs: list[Any]) -> list[Any]:
 
     $0, $1, ... are the outputs, then come the inputs.
     """
-    registers = {f"${outputs + i}": np.asarray(v, np.uint32) for i, v in enumerate(inputs)}
+    body = parse_body(text)
+    places = {f"${i}": 4 for i in range(outputs + len(inputs))}
+    body = Body(body.instructions, body.labels, body.widths | places)
+    given = [np.asarray(v, np.uint32) for v in inputs]
+    registers = {f"${outputs + i}": np.atleast_1d(v) for i, v in enumerate(given)}
 
-    def value(name: str) -> Any:
-        return registers[name] if name in registers else np.uint32(int(name, 0))
+    with np.errstate(all="ignore"):
+        for instruction in body.instructions:
+            resolved = move if instruction.parts[0] == "mov" else arithmetic
+            resolved(instruction, body)(registers)
 
-    for statement in re.sub(r"[{}]", " ", text).split(";"):
-        words = statement.split(None, 1)
-        if not words or words[0] == ".reg":
-            continue
-
-        operation = words[0]
-        to, *operands = (operand.strip() for operand in words[1].split(","))
-        if operation not in INSTRUCTIONS:
-            known = ", ".join(INSTRUCTIONS)
-            raise NotImplementedError(f"PTX {operation}: the emulator knows {known}")
-        registers[to] = INSTRUCTIONS[operation](*map(value, operands))
-
-    return [registers[f"${i}"] for i in range(outputs)]
+    shape = np.broadcast_shapes(*(v.shape for v in given))
+    found = [registers[f"${i}"] for i in range(outputs)]
+    return [np.broadcast_to(v, shape or 1).reshape(shape) for v in found]
