@@ -19,7 +19,7 @@ help:
 	@echo "make fuzz   hostile inputs, about ten minutes; FULL=1: all of them, goes on where it stopped; FAMILY=name: one kind"
 	@echo "make lock   requirements/*.txt anew: the versions and hashes that CI installs; make audit asks for known vulnerabilities"
 	@echo "make bench  training, generation, kernels and loading against peft + bitsandbytes and dense PyTorch; FULL=1: the whole matrix, into docs/benchmarks"
-	@echo "make reproduce  nine claims of the papers at a small scale, about half an hour, into docs/reproductions.md; goes on where it stopped; FRESH=1: all anew"
+	@echo "make reproduce  nine claims of the papers at a small scale, about 45 minutes, into docs/reproductions.md; goes on where it stopped; FRESH=1: all anew"
 	@echo "make clean  remove .venv and what was built (the model in $(CACHE) stays)"
 
 demo: .venv/demo
