@@ -138,7 +138,8 @@ def _insert(a: Array, into: Array, position: Array, length: Array) -> Array:
     position, length = (position & 255).astype(np.uint64), (length & 255).astype(np.uint64)
     mask = ((np.uint64(1) << length) - np.uint64(1)) << position
     moved = a.astype(np.uint64) << position
-    return ((into & ~mask) | (moved & mask)).astype(into.dtype)
+    result: Array = ((into & ~mask) | (moved & mask)).astype(into.dtype)
+    return result
 
 
 def _funnel(left: bool, wrap: bool) -> Compute:

@@ -109,7 +109,7 @@ def emulated(target: str = TARGET, change: Change | None = None) -> Iterator[lis
 
     before = runtime.start, runtime.INTERPRETED, torch.empty
     runtime.start, runtime.INTERPRETED = start, True
-    torch.empty = _filled  # type: ignore[assignment]
+    torch.empty = _filled
     try:
         yield executed
     finally:

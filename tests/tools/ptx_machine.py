@@ -3,8 +3,8 @@
 All threads of a CTA go in lockstep, a register being an array with one element per thread. The
 memory is that of CPU tensors, at their real addresses. What a GPU answers with a wrong result, an
 error somewhere else or nothing at all is found here (ptx_global.py, ptx_shared.py) and raised as a
-`KernelError` that names the instruction and the CTA. Branches must go the same way for all threads of a
-CTA: the kernels have no other.
+`KernelError` that names the instruction and the CTA. Branches must go the same way for all threads
+of a CTA: the kernels have no other.
 
     program = parse(ptx)
     machine = Machine(program, arguments, tensors, shared=k.metadata.shared)

@@ -76,12 +76,12 @@ class Source:
         """Returns a quantized weight whose tensors may be misaligned; packed by step bytes."""
         quant_type = self.pick("nf4", "nf4", "fp4")
         packed, absmax = reference.quantize(0.1 * self.gauss(O, I), block_size, quant_type)
-        parts = absmax, None, None
-        if self.pick(True, True, False):
-            parts = reference.double_quantize(absmax)
-        codes, *others = (None if part is None else self.place(part) for part in parts)
         packed = self.place(packed, step)
-        return PackedWeight(packed, codes, *others, (O, I), block_size, quant_type)
+        last = (O, I), block_size, quant_type
+        if self.pick(True, True, False):
+            codes, absmax2, offset = map(self.place, reference.double_quantize(absmax))
+            return PackedWeight(packed, codes, absmax2, offset, *last)
+        return PackedWeight(packed, self.place(absmax), None, None, *last)
 
 
 def exact_weight(w: PackedWeight) -> Tensor:
@@ -148,10 +148,7 @@ def multiply(
     )
     # With few programs each has many steps to do.
     with emulated(), mock.patch.object(skinny, "PROGRAMS", source.pick(1, 4, 512)):
-        if forward:
-            y = matmul.forward(x, w, bias, low, line)
-        else:
-            y = matmul.backward(x, w, low, line)
+        y = matmul.forward(x, w, bias, low, line) if forward else matmul.backward(x, w, low, line)
     return name, within_bound(y, x, w, low, bias, forward, line["path"])
 
 

@@ -246,8 +246,7 @@ def _load_matrix(instruction: Instruction, body: Body) -> Step:
     def step(state: State) -> None:
         addresses = where(state)
         for i, put in enumerate(puts):
-            _, giving = tensor_core.matrix_rows(addresses, i)
-            rows = state.shared.load(addresses, 16, giving)
+            rows = state.shared.load(addresses, 16, tensor_core.gives_row(state.threads, i))
             put(state.registers, tensor_core.distribute(rows, i, transposed))
 
     return step

@@ -12,64 +12,50 @@ LANE = np.arange(WARP)
 G, T = LANE // 4, LANE % 4
 
 
-def matrix_rows(addresses: Array, matrix: int) -> tuple[Array, Array]:
-    """Where ldmatrix reads matrix 0 ... 3: lanes 8 * matrix ... + 7 give the addresses of its rows.
-
-    Returns the addresses, and which threads give them.
-    """
-    lanes = np.arange(addresses.size) % WARP
-    return addresses, lanes // 8 == matrix
+def gives_row(threads: int, matrix: int) -> Array:
+    """Which threads give ldmatrix the address of a row of matrix 0 ... 3: 8 lanes for each."""
+    return np.equal(np.arange(threads) % WARP // 8, matrix)
 
 
 def distribute(rows: Array, matrix: int, transposed: bool) -> Array:
     """ldmatrix: each lane's two elements of an 8 x 8 matrix of 16 bits, in one register.
 
-    rows: uint8 [threads, 16], those of matrix_rows. A lane gets elements 2t and 2t + 1 of row g; of
-    column g where the matrix is transposed.
+    rows: uint8 [threads, 16], of the threads that give an address. A lane gets elements 2t and
+    2t + 1 of row g; of column g where the matrix is transposed.
     """
     m = rows.view(np.uint16).reshape(-1, WARP, 8)[:, 8 * matrix : 8 * matrix + 8]
-    low, high = (
-        (m[:, 2 * T, G], m[:, 2 * T + 1, G])
-        if transposed
-        else (
-            m[:, G, 2 * T],
-            m[:, G, 2 * T + 1],
-        )
-    )
-    return (low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)).reshape(-1)
+    m = m.transpose(0, 2, 1) if transposed else m
+    low, high = m[:, G, 2 * T].astype(np.uint32), m[:, G, 2 * T + 1].astype(np.uint32)
+    return (low | high << np.uint32(16)).reshape(-1)
 
 
-def _places(count: int, row: Array, column: Array) -> tuple[Array, Array]:
-    assert row.shape == column.shape == (WARP, count)
-    return row, column
+Places = tuple[Array, Array]
 
 
-def _fragment_a(depth: int) -> tuple[Array, Array]:
+def _fragment_a(depth: int) -> Places:
     """Row and column of each of a lane's elements of A, [16, depth]."""
     i = np.arange(depth // 2)
-    row = G[:, None] + 8 * (i // 2 % 2)
-    column = 2 * T[:, None] + i % 2 + 8 * (i // 4)
-    return _places(i.size, row, column)
+    return G[:, None] + 8 * (i // 2 % 2), 2 * T[:, None] + i % 2 + 8 * (i // 4)
 
 
-def _fragment_b(depth: int) -> tuple[Array, Array]:
+def _fragment_b(depth: int) -> Places:
     """Row and column of each of a lane's elements of B, [depth, 8]."""
     i = np.arange(depth // 4)
     row = 2 * T[:, None] + i % 2 + 8 * (i // 2)
-    return _places(i.size, row, np.broadcast_to(G[:, None], row.shape))
+    return row, np.repeat(G[:, None], i.size, 1)
 
 
-def _fragment_c() -> tuple[Array, Array]:
+def _fragment_c() -> Places:
     """Row and column of each of a lane's elements of C and D, [16, 8]."""
     i = np.arange(4)
-    return _places(4, G[:, None] + 8 * (i // 2), 2 * T[:, None] + i % 2)
+    return G[:, None] + 8 * (i // 2), 2 * T[:, None] + i % 2
 
 
 FRAGMENTS = {depth: (_fragment_a(depth), _fragment_b(depth)) for depth in (8, 16)}
 FRAGMENT_C = _fragment_c()
 
 
-def _matrix(values: Array, places: tuple[Array, Array], shape: tuple[int, int]) -> Array:
+def _matrix(values: Array, places: Places, shape: tuple[int, int]) -> Array:
     """The matrices [warps, *shape] in float64 whose elements the lanes hold, [warps, 32, n]."""
     m = np.zeros((values.shape[0], *shape))
     m[:, places[0], places[1]] = values
@@ -83,9 +69,9 @@ def mma(a: list[Array], b: list[Array], c: list[Array], kind: str) -> list[Array
     once; a tensor core rounds oftener, or truncates.
     """
     depth = 4 * len(a)
-    shape_a, shape_b = FRAGMENTS[depth]
-    A = _matrix(_halves(a, kind), shape_a, (16, depth))
-    B = _matrix(_halves(b, kind), shape_b, (depth, 8))
+    places_a, places_b = FRAGMENTS[depth]
+    A = _matrix(_halves(a, kind), places_a, (16, depth))
+    B = _matrix(_halves(b, kind), places_b, (depth, 8))
     C = _matrix(np.stack(c, -1).view(np.float32).reshape(-1, WARP, 4), FRAGMENT_C, (16, 8))
 
     D = (A @ B + C)[:, FRAGMENT_C[0], FRAGMENT_C[1]].astype(np.float32)
@@ -116,7 +102,8 @@ def shuffle(values: Array, mode: str, by: Array, clamp: Array) -> Array:
         "down": lane + (by & 31),
     }[mode]
     inside = source >= last if mode == "up" else source <= last
-    return values[np.arange(values.size) - lane + np.where(inside, source, lane)]
+    found: Array = values[np.arange(values.size) - lane + np.where(inside, source, lane)]
+    return found
 
 
 REDUCTIONS = {

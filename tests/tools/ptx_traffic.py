@@ -9,6 +9,7 @@ multiprocessor. Global sectors: 32 bytes each, as the L1 cache is asked for them
 of its own, without TRITON_INTERPRET.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Tensor]]]:
 
     for dtype in (torch.bfloat16, torch.float32):
         kind = str(dtype).removeprefix("torch.")
-        yield f"dequantize to {kind}", lambda dtype=dtype: nf4.dequantize(w, dtype)
+        yield f"dequantize to {kind}", functools.partial(nf4.dequantize, w, dtype)
 
 
 def _product(direction: str, line: dict[str, Any], M: int, w: PackedWeight) -> Callable[[], Tensor]:
