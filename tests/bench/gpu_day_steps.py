@@ -23,6 +23,8 @@ from gpu_checks import WrongResultError, check_product, forced, gaussian, name_o
 
 Result = dict[str, Any]
 
+RIGHT, WRONG = "right", "the result is wrong, so it is not timed"
+
 ROWS = (1, 16, 17, 32, 64, 128, 256, 2048)
 
 
@@ -69,23 +71,28 @@ def smoke(sizes: Sizes) -> Result:
         for M in sizes.rows:
             x = gaussian(M, W.shape[1])
             for line, call in forced(direction, x, w, paths(direction, M, w)):
-                name = f"{direction} M={M} {name_of(line)}"
-                found = verdict(name, call, x, W)
-                faults += [] if found == "right" else [found]
-                rows.append({"direction": direction, "rows": M, "path": name_of(line)})
-                rows[-1]["result"] = None if gpu_checks.DRY_RUN else found
+                row = {"direction": direction, "rows": M, "path": name_of(line)}
+                found = verdict(call, x, W)
+                if found == WRONG:
+                    faults.append(f"{direction} M={M} {name_of(line)}: {WRONG}")
+                rows.append(row | {"result": None if gpu_checks.DRY_RUN else found})
 
-    gpu_checks.check_products(O, I, sizes.rows)
+    try:
+        gpu_checks.check_products(O, I, sizes.rows)
+    except WrongResultError as error:
+        faults.append(str(error))
     return {"tables": [table("Every path", rows, ["result"])], "faults": faults}
 
 
-def verdict(name: str, call: Callable[[], torch.Tensor], x: torch.Tensor, W: torch.Tensor) -> str:
-    """Runs a product: "right", or what is wrong with it."""
+def verdict(call: Callable[[], torch.Tensor], x: torch.Tensor, W: torch.Tensor) -> str:
+    """Runs a product x W^T: right, wrong, or too large for the card."""
     try:
-        check_product(name, call(), x, W)
-    except (WrongResultError, triton.runtime.errors.OutOfResources) as error:
-        return f"{name}: {error}"
-    return "right"
+        check_product("", call(), x, W)
+    except WrongResultError:
+        return WRONG
+    except triton.runtime.errors.OutOfResources as error:
+        return f"does not fit: {error}"
+    return RIGHT
 
 
 def crossover(sizes: Sizes) -> Result:
@@ -103,11 +110,11 @@ def crossover(sizes: Sizes) -> Result:
             x = gaussian(M, W.shape[1])
             sides: gpu_clock.Sides = {"cuBLAS, not quantized": lambda x=x, W=half: x @ W.T}
             for line, call in forced(direction, x, w, paths(direction, M, w)):
-                found = verdict(f"{direction} M={M} {name_of(line)}", call, x, W)
-                if found == "right":
+                found = verdict(call, x, W)
+                if found == RIGHT:
                     sides[name_of(line)] = call
-                else:
-                    faults.append(found)
+                elif found == WRONG:
+                    faults.append(f"{direction} M={M} {name_of(line)}: {WRONG}")
             rows.append({"rows": M} | timer.microseconds(sides))
 
         measured = [column for row in rows for column in row if column != "rows"]

@@ -17,6 +17,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton's compiler is what is tested")
 
+import machine_code
+
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 BUDGET: dict[str, Any] = json.loads((TOOLS / "sass_budget.json").read_text())
 
@@ -210,6 +212,47 @@ def test_each_fault_is_seen(target: str) -> None:
     assert len(faults(good | {"kernel": "_quantize", "wide": 0})) == 1
     if target == "sm_90":
         assert len(faults(good | {"kernel": "_forward", "wgmma": 0})) == 1
+
+
+# A loop of the low-rank term, and the main one.
+TTGIR = """
+  %0 = ttg.local_alloc : () -> !ttg.memdesc<3x64x8xi32, #shared, #smem, mutable>
+  %1 = ttg.local_alloc : () -> !ttg.memdesc<1x64x64xbf16, #shared, #smem, mutable>
+  %2 = scf.for %a = %c0 to %r step %c64 iter_args(%b = %c) -> (tensor<64x64xf32>) {
+    %3 = ttg.async_wait %t {num = 0 : i32}
+    %4 = tt.dot %x, %y, %b
+  }
+  %5 = ttg.async_wait {num = 0 : i32}
+  %6 = scf.for %a = %c0 to %I step %c64 iter_args(%b = %2) -> (tensor<64x64xf32>) {
+    %7 = ttg.async_wait %t, %u {num = 6 : i32}
+    scf.if %e {
+      %8 = ttg.async_copy_global_to_local %p, %q
+    }
+    %9 = ttg.async_wait %v {num = NUM : i32}
+    %10 = tt.dot %x, %y, %b
+  }
+  %11 = ttg.async_wait {num = 0 : i32}
+"""
+
+
+@pytest.mark.parametrize("num", [0, 4, 9])
+def test_the_pipeline_is_that_of_the_main_loop(num: int) -> None:
+    found = machine_code.pipeline(TTGIR.replace("NUM", str(num)))
+    assert found == (min(num, 6), 3)
+
+
+def test_without_asynchronous_copies_there_is_no_pipeline() -> None:
+    lines = TTGIR.split("\n")
+    text = "\n".join(line for line in lines if "async_wait" not in line and "i32," not in line)
+    assert machine_code.pipeline(text) == (None, 0)
+
+
+def test_a_loop_is_what_a_backward_branch_encloses() -> None:
+    lines = [(16 * i, name, "") for i, name in enumerate("MOV SHFL LDGSTS.E IADD BRA EXIT".split())]
+    lines[4] = (64, "BRA", " 0x10")
+    assert machine_code.loops(lines) == [["SHFL", "LDGSTS.E", "IADD", "BRA"]]
+    lines[4] = (64, "BRA", " 0x50")
+    assert machine_code.loops(lines) == []
 
 
 def test_more_instructions_than_recorded_are_seen() -> None:

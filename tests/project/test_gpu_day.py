@@ -210,28 +210,35 @@ def test_make_prints_the_command_and_runs_nothing(options: tuple[str], ending: s
 # -- what is not timed ---------------------------------------------------------------------------
 
 
-def test_a_wrong_path_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_path_and_one_that_does_not_fit_are_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     steps, checks, clock = (load(f"gpu_{name}") for name in ("day_steps", "checks", "clock"))
     monkeypatch.setattr(checks, "DEVICE", "cpu")
     monkeypatch.setattr(clock, "clock", clock.StoppedClock)
-    lines = [{"path": "dense"}, {"path": "skinny"}]
+    lines = [{"path": name} for name in ("dense", "skinny", "huge")]
     monkeypatch.setattr(steps, "paths", lambda direction, M, w: lines)
+
+    def too_large() -> torch.Tensor:
+        raise steps.triton.runtime.errors.OutOfResources(300_000, 101_376, "shared memory")
 
     def forced(direction: str, x: torch.Tensor, w: Any, lines: list[Any]) -> Iterator[Any]:
         W = w.dequantized if direction == "forward" else w.dequantized.T
         yield lines[0], lambda: (x.float() @ W.T).to(x.dtype)
         yield lines[1], lambda: (1.1 * x.float() @ W.T).to(x.dtype)
+        yield lines[2], too_large
 
     monkeypatch.setattr(steps, "forced", forced)
     W = checks.gaussian(64, 128).float()
     monkeypatch.setattr(checks, "packed_weight", lambda O, I: (SimpleNamespace(dequantized=W), W))
-    sizes = SimpleNamespace(square=(64, 128), rows=(1, 3))
-    found = steps.crossover(sizes)
-    assert [set(each["measured"]) for each in found["tables"]] == [
-        {"cuBLAS, not quantized", "dense"}
-    ] * 2
-    assert len(found["faults"]) == 4
-    assert found["faults"][0].startswith("forward M=1 skinny: ")
+    found = steps.crossover(SimpleNamespace(square=(64, 128), rows=(1, 3)))
+    for each in found["tables"]:
+        assert each["measured"] == ["cuBLAS, not quantized", "dense"]
+    assert found["faults"] == [
+        f"{direction} M={M} skinny: {steps.WRONG}"
+        for direction in ("forward", "backward")
+        for M in (1, 3)
+    ]
 
 
 @pytest.mark.parametrize(
