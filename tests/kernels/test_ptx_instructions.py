@@ -309,6 +309,25 @@ def test_arithmetic_on_pairs_rounds_each_half_once(kind: str, dtype: torch.dtype
     assert bool(((found.double() - exact).abs() <= (candidates.double() - exact).abs()).all())
 
 
+def test_pairs_of_float32() -> None:
+    a, b = float_bits(7), float_bits(8)
+    low, high = a[:100], a[100:200]
+    pairs = [q << 32 | p for p, q in zip(low, high, strict=True)]
+    others = [q << 32 | p for p, q in zip(b[:100], b[100:200], strict=True)]
+    found = execute("mul.rn.f32x2", pairs, others)
+    assert same([n % 2**32 for n in found], as_torch(low) * as_torch(b[:100]))
+    assert same([n >> 32 for n in found], as_torch(high) * as_torch(b[100:200]))
+
+
+def test_a_sum_of_bfloat16_and_float32() -> None:
+    a, b = float_bits(9), float_bits(10)
+    halves = [n >> 16 for n in a]
+    wide = as_torch([n << 16 for n in halves])
+    assert same(execute("add.rn.f32.bf16", halves, b), wide + as_torch(b))
+    product = torch.addcmul(as_torch(b).double(), wide.double(), wide.double()).float()
+    assert same(execute("fma.rn.f32.bf16", halves, halves, b), product)
+
+
 def test_bfloat16_is_rounded_from_float64_in_one_step() -> None:
     # Just above a tie: rounded to float32 first, it would lie on the tie and go to the even side.
     tie = 1 + 2**-8

@@ -48,6 +48,10 @@ def signature(name: str) -> Signature:
 
     sources, compute = SAME_KIND[operation]
     *before, kind = modifiers
+    if before[-1:] == ["f32"] and operation in ("add", "sub", "fma"):
+        # The last source is float32, those before it are widened: add.rn.f32.bf16.
+        _only(name, before, {"rn", "f32"})
+        return Signature("f32", (*(kind,) * (sources - 1), "f32"), _in_float32(compute))
     _only(name, before, {"rn", "lo"})
     return Signature(kind, (kind,) * sources, compute)
 
@@ -63,6 +67,10 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     float64 holds a product of two float32 exactly; the sum is rounded there, then once more.
     """
     return a.astype(np.float64) * b + c
+
+
+def _in_float32(compute: Compute) -> Compute:
+    return lambda *sources: compute(*(source.astype(np.float32) for source in sources))
 
 
 def multiply_add(a: Array, b: Array, c: Array) -> Array:

@@ -1,9 +1,9 @@
 """Global memory: the tensors of a launch at their real addresses, and every access checked.
 
-An access must lie inside a tensor (gaps between its rows are outside), on a multiple of its width,
-and no address may get two different values from two stores of a launch: which of them stays would
-be chance. Counted are requests (one per warp and instruction) and sectors of 32 bytes, what memory
-is read and written in.
+An access must lie inside a tensor (gaps between its rows are outside), on a multiple of its width.
+No address may get two different values from two stores of a launch, and none may be loaded after a
+store: which comes first on a GPU is chance. Counted are requests (one per warp and instruction) and
+sectors of 32 bytes, what memory is read and written in.
 """
 
 import collections
@@ -30,6 +30,7 @@ class Region:
 
         bytes_ = ctypes.c_uint8 * (self.end - self.begin)
         self.memory: Array = np.ctypeslib.as_array(bytes_.from_address(self.begin))
+        self.is_output = False
         self.stored = np.zeros(self.end - self.begin, np.bool_)
         self.owned = None if t.numel() == span else _owned(t, span)
 
@@ -52,7 +53,10 @@ class GlobalMemory:
         """Returns `width` bytes for each thread, zeros where it is not active: [threads, width]."""
         found = np.zeros((active.size, width), np.uint8)
         for region, inside in self._regions_of(addresses, width, active):
-            found[inside] = region.memory[_offsets(region, addresses[inside], width)]
+            offsets = _offsets(region, addresses[inside], width)
+            if region.is_output and region.stored[offsets].any():
+                raise MemoryError("load of a global address that this launch stores to")
+            found[inside] = region.memory[offsets]
         self._count("load", addresses, width, active)
         return found
 
@@ -63,7 +67,7 @@ class GlobalMemory:
             offsets, given = _offsets(region, addresses[inside], width), values[inside]
             differs = region.stored[offsets] & (region.memory[offsets] != given)
             region.memory[offsets] = given
-            region.stored[offsets] = True
+            region.stored[offsets] = region.is_output = True
             if differs.any() or (region.memory[offsets] != given).any():
                 raise MemoryError("two stores of different values to one global address")
         self._count("store", addresses, width, active)

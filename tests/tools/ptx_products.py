@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import ptx_launch
 import torch
 import triton
 from ptx_launch import emulated
@@ -259,7 +260,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--target", default=ptx_launch.TARGET)
     options = parser.parse_args()
+    ptx_launch.TARGET = options.target
     result = run(options.seed, options.count, options.seconds)
     print(json.dumps(result))
     sys.exit(bool(result["wrong"] or result["faults"]))
