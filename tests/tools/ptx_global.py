@@ -38,7 +38,10 @@ class Region:
 def _owned(t: Tensor, span: int) -> Array:
     """Which bytes of a tensor's span are its own, and not gaps between its rows."""
     elements = torch.zeros(span, dtype=torch.uint8)
-    elements.as_strided(t.shape, t.stride()).fill_(1)
+    # A row that is repeated lies in memory once.
+    sizes = zip(t.shape, t.stride(), strict=True)
+    once = [size if stride else 1 for size, stride in sizes]
+    elements.as_strided(once, t.stride()).fill_(1)
     return np.repeat(elements.numpy().astype(np.bool_), t.element_size())
 
 

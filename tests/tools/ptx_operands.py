@@ -126,7 +126,8 @@ def _join(instruction: Instruction, body: Body) -> Callable[[Registers], None]:
     to, source = instruction.operands
     parts = vector(source)
     size = size_of(instruction.parts[-1])
-    reads = [read_bits(part, f"b{8 * size // len(parts)}", body) for part in parts]
+    kind = f"b{8 * size // len(parts)}"
+    reads = [_read_or_never_written(part, kind, body) for part in parts]
     put = write_bits(to, instruction.guard, body)
     joined = UNSIGNED[size]
 
@@ -135,6 +136,15 @@ def _join(instruction: Instruction, body: Body) -> Callable[[Registers], None]:
         put(registers, np.stack(found, -1).view(joined)[..., 0])
 
     return step
+
+
+def _read_or_never_written(part: str, kind: str, body: Body) -> Read:
+    """Reads a register of a pair, which the compiler leaves unwritten if only the other is used."""
+    get = read_bits(part, kind, body)
+    never = _never_written(np.zeros(1, UNSIGNED[size_of(kind)]))
+    return lambda registers: (
+        never if body.is_register(part) and part not in registers else get(registers)
+    )
 
 
 def _split(instruction: Instruction, body: Body) -> Callable[[Registers], None]:

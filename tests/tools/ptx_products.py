@@ -65,11 +65,14 @@ class Source:
 
     def rows(self, x: Tensor) -> Tensor:
         """Returns the matrix x in one of the layouts that the kernels are given."""
-        layout = self.pick("whole", "whole", "shifted", "odd stride", "even stride")
+        layouts = "whole", "whole", "shifted", "odd stride", "even stride", "repeated"
+        layout = self.pick(*layouts)
         if layout == "shifted":
             return self.place(x)
         if layout == "whole":
             return x
+        if layout == "repeated":
+            return x[:1].expand(x.shape)
         gap = x.new_zeros(x.shape[0], 3 if layout == "odd stride" else 8)
         return torch.cat([x, gap], 1)[:, : x.shape[1]]
 
