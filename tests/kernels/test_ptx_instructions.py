@@ -383,6 +383,13 @@ def test_inline_assembly_has_registers_of_its_own() -> None:
     assert scalar.shape == () and int(scalar) == 48
 
 
+def test_the_largest_of_three() -> None:
+    inputs = [np.array([n], np.uint32) for n in (3, 9, 5)]
+    assert int(run_ptx("max.u32 $0, $1, $2, $3;", 1, inputs)[0][0]) == 9
+    with pytest.raises(NotImplementedError, match="3 sources"):
+        run_ptx("add.u32 $0, $1, $2, $3;", 1, inputs)
+
+
 def test_registers_are_packed_and_unpacked() -> None:
     text = "{ .reg .b16 a, b; mov.b32 {a, b}, $1; mov.b32 $0, {b, a}; }"
     (found,) = run_ptx(text, 1, [np.array([0x12345678], np.uint32)])

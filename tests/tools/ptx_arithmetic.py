@@ -176,12 +176,13 @@ def _reverse(a: Array) -> Array:
 
 
 def _smallest(name: str, modifiers: list[str]) -> Signature:
-    """min and max: without `.NaN`, a NaN gives the other number."""
+    """min and max, of two numbers or of three: without `.NaN`, a NaN gives the other number."""
     _only(name, modifiers[:-1], {"NaN"})
     kind, least = modifiers[-1], name.startswith("min")
+    one: Compute = np.minimum if least else np.maximum
     if is_float(kind) and "NaN" not in modifiers:
-        return Signature(kind, (kind, kind), np.fmin if least else np.fmax)
-    return Signature(kind, (kind, kind), np.minimum if least else np.maximum)
+        one = np.fmin if least else np.fmax
+    return Signature(kind, (kind, kind), lambda *numbers: functools.reduce(one, numbers))
 
 
 def _multiply(name: str, modifiers: list[str]) -> Signature:

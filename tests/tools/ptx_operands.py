@@ -94,10 +94,13 @@ def arithmetic(instruction: Instruction, body: Body) -> Callable[[Registers], No
     """Resolves an instruction of the table in ptx_arithmetic."""
     found = signature(instruction.name)
     to, *sources = instruction.operands
-    if len(sources) != len(found.sources):
+    kinds = found.sources
+    if instruction.parts[0] in ("min", "max") and len(sources) == 3:
+        kinds = (found.result,) * 3
+    if len(sources) != len(kinds):
         raise NotImplementedError(f"{instruction.text}: {len(sources)} sources")
 
-    pairs = zip(sources, found.sources, strict=True)
+    pairs = zip(sources, kinds, strict=True)
     reads = [read(source, kind, body) for source, kind in pairs]
     put = write(to, found.result, instruction.guard, body)
     compute = found.compute
