@@ -309,6 +309,25 @@ def test_arithmetic_on_pairs_rounds_each_half_once(kind: str, dtype: torch.dtype
     assert bool(((found.double() - exact).abs() <= (candidates.double() - exact).abs()).all())
 
 
+def test_pairs_of_float32() -> None:
+    a, b = float_bits(7), float_bits(8)
+    low, high = a[:100], a[100:200]
+    pairs = [q << 32 | p for p, q in zip(low, high, strict=True)]
+    others = [q << 32 | p for p, q in zip(b[:100], b[100:200], strict=True)]
+    found = execute("mul.rn.f32x2", pairs, others)
+    assert same([n % 2**32 for n in found], as_torch(low) * as_torch(b[:100]))
+    assert same([n >> 32 for n in found], as_torch(high) * as_torch(b[100:200]))
+
+
+def test_a_sum_of_bfloat16_and_float32() -> None:
+    a, b = float_bits(9), float_bits(10)
+    halves = [n >> 16 for n in a]
+    wide = as_torch([n << 16 for n in halves])
+    assert same(execute("add.rn.f32.bf16", halves, b), wide + as_torch(b))
+    product = torch.addcmul(as_torch(b).double(), wide.double(), wide.double()).float()
+    assert same(execute("fma.rn.f32.bf16", halves, halves, b), product)
+
+
 def test_bfloat16_is_rounded_from_float64_in_one_step() -> None:
     # Just above a tie: rounded to float32 first, it would lie on the tie and go to the even side.
     tie = 1 + 2**-8
@@ -362,6 +381,13 @@ def test_inline_assembly_has_registers_of_its_own() -> None:
     assert found.tolist() == [[5, 18]]
     (scalar,) = run_ptx("shl.b32 $0, $1, 4;", 1, [np.uint32(3)])
     assert scalar.shape == () and int(scalar) == 48
+
+
+def test_the_largest_of_three() -> None:
+    inputs = [np.array([n], np.uint32) for n in (3, 9, 5)]
+    assert int(run_ptx("max.u32 $0, $1, $2, $3;", 1, inputs)[0][0]) == 9
+    with pytest.raises(NotImplementedError, match="3 sources"):
+        run_ptx("add.u32 $0, $1, $2, $3;", 1, inputs)
 
 
 def test_registers_are_packed_and_unpacked() -> None:

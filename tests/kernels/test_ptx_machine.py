@@ -178,6 +178,11 @@ def test_two_values_at_one_address_are_refused() -> None:
     assert "(CTA (1, 0, 0)" in refusal(later, grid=(2,))  # type: ignore[arg-type]
 
 
+def test_what_a_launch_stores_it_may_not_load() -> None:
+    message = refusal("st.global.b32 [%rd4], {%r2}; ld.global.b32 {%r4}, [%rd4];")
+    assert message.startswith("load of a global address that this launch stores to: ld.global.b32")
+
+
 def test_a_register_and_shared_memory_that_were_never_written_are_refused() -> None:
     assert "'%r9' is read before it is written: add.s32" in refusal("add.s32 %r4, %r9, 1;")
     message = refusal("st.shared.b32 [%r3], {%r2}; ld.shared.b32 {%r4}, [%r3+4];")
@@ -326,6 +331,22 @@ def test_ldmatrix_gives_each_lane_its_elements(transposed: bool) -> None:
             row, column = lane % 32 // 4, 2 * (lane % 4)
             assert found[lane, i].tolist() == given[i, row, column : column + 2].tolist()
     assert machine.counts["shared load wavefronts"] == 8, "four matrices, two warps"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stmatrix_is_the_way_back(transposed: bool) -> None:
+    end = ".trans.shared.b16" if transposed else ".shared.b16"
+    text = f"""
+        mad.wide.u32 %rd5, %r2, 16, %rd1; ld.global.v4.b32 {{%r10, %r11, %r12, %r13}}, [%rd5];
+        and.b32 %r5, %r2, 32; shl.b32 %r5, %r5, 4; and.b32 %r6, %r2, 31; shl.b32 %r6, %r6, 4;
+        add.s32 %r5, %r5, %r6;
+        stmatrix.sync.aligned.m8n8.x4{end} [%r5], {{%r10, %r11, %r12, %r13}};
+        ldmatrix.sync.aligned.m8n8.x4{end} {{%r20, %r21, %r22, %r23}}, [%r5];
+        mad.wide.u32 %rd5, %r2, 16, %rd2; st.global.v4.b32 [%rd5], {{%r20, %r21, %r22, %r23}};
+    """
+    registers = torch.randint(0, 2**31 - 1, (256,), dtype=torch.int32)
+    out, _ = execute(text, registers, size=256)
+    assert torch.equal(out, registers)
 
 
 @pytest.mark.parametrize("depth", [8, 16])

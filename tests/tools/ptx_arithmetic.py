@@ -48,6 +48,10 @@ def signature(name: str) -> Signature:
 
     sources, compute = SAME_KIND[operation]
     *before, kind = modifiers
+    if before[-1:] == ["f32"] and operation in ("add", "sub", "fma"):
+        # The last source is float32, those before it are widened: add.rn.f32.bf16.
+        _only(name, before, {"rn", "f32"})
+        return Signature("f32", (*(kind,) * (sources - 1), "f32"), _in_float32(compute))
     _only(name, before, {"rn", "lo"})
     return Signature(kind, (kind,) * sources, compute)
 
@@ -63,6 +67,10 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     float64 holds a product of two float32 exactly; the sum is rounded there, then once more.
     """
     return a.astype(np.float64) * b + c
+
+
+def _in_float32(compute: Compute) -> Compute:
+    return lambda *sources: compute(*(source.astype(np.float32) for source in sources))
 
 
 def multiply_add(a: Array, b: Array, c: Array) -> Array:
@@ -168,12 +176,13 @@ def _reverse(a: Array) -> Array:
 
 
 def _smallest(name: str, modifiers: list[str]) -> Signature:
-    """min and max: without `.NaN`, a NaN gives the other number."""
+    """min and max, of two numbers or of three: without `.NaN`, a NaN gives the other number."""
     _only(name, modifiers[:-1], {"NaN"})
     kind, least = modifiers[-1], name.startswith("min")
+    one: Compute = np.minimum if least else np.maximum
     if is_float(kind) and "NaN" not in modifiers:
-        return Signature(kind, (kind, kind), np.fmin if least else np.fmax)
-    return Signature(kind, (kind, kind), np.minimum if least else np.maximum)
+        one = np.fmin if least else np.fmax
+    return Signature(kind, (kind, kind), lambda *numbers: functools.reduce(one, numbers))
 
 
 def _multiply(name: str, modifiers: list[str]) -> Signature:

@@ -194,13 +194,20 @@ def attempt(fault: Fault, product: Product, which: int) -> str:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most `most` of the numbers below count, each from the middle of its share."""
+    """At most `most` of the numbers below count, each from the middle of its share.
+
+    Those in the middle come first: there the loop is.
+    """
     most = min(most, count)
-    return [(2 * i + 1) * count // (2 * most) for i in range(most)]
+    found = [(2 * i + 1) * count // (2 * most) for i in range(most)]
+    return sorted(found, key=lambda place: abs(2 * place + 1 - count))
 
 
-def run(most: int, count: int) -> list[dict[str, Any]]:
-    """Plants every fault in the first `count` products, in at most `most` places of each."""
+def run(most: int, count: int, until_found: bool) -> list[dict[str, Any]]:
+    """Plants every fault in the first `count` products, in at most `most` places of each.
+
+    until_found: not in more places after one in which it is found
+    """
     rows = []
     for product in products()[:count]:
         ptx = kernel_text(product)
@@ -212,6 +219,8 @@ def run(most: int, count: int) -> list[dict[str, Any]]:
                 by = attempt(fault, product, which)
                 said = f"{which}: {' '.join(statements[which].split())}"
                 row["found" if by else "missed"].append(f"{said}: {by}" if by else said)
+                if by and until_found:
+                    break
             if statements:
                 rows.append(row)
     return rows
@@ -221,10 +230,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--places", type=int, default=4)
     parser.add_argument("--products", type=int, default=3)
+    parser.add_argument("--until-found", action="store_true")
     options = parser.parse_args()
 
     began = time.monotonic()
-    rows = run(options.places, options.products)
+    rows = run(options.places, options.products, options.until_found)
     seconds = round(time.monotonic() - began, 1)
     print(json.dumps({"triton": triton.__version__, "rows": rows, "seconds": seconds}))
 

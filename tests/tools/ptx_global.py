@@ -1,9 +1,9 @@
 """Global memory: the tensors of a launch at their real addresses, and every access checked.
 
-An access must lie inside a tensor (gaps between its rows are outside), on a multiple of its width,
-and no address may get two different values from two stores of a launch: which of them stays would
-be chance. Counted are requests (one per warp and instruction) and sectors of 32 bytes, what memory
-is read and written in.
+An access must lie inside a tensor (gaps between its rows are outside), on a multiple of its width.
+No address may get two different values from two stores of a launch, and none may be loaded after a
+store: which comes first on a GPU is chance. Counted are requests (one per warp and instruction) and
+sectors of 32 bytes, what memory is read and written in.
 """
 
 import collections
@@ -30,6 +30,7 @@ class Region:
 
         bytes_ = ctypes.c_uint8 * (self.end - self.begin)
         self.memory: Array = np.ctypeslib.as_array(bytes_.from_address(self.begin))
+        self.is_output = False
         self.stored = np.zeros(self.end - self.begin, np.bool_)
         self.owned = None if t.numel() == span else _owned(t, span)
 
@@ -37,7 +38,10 @@ class Region:
 def _owned(t: Tensor, span: int) -> Array:
     """Which bytes of a tensor's span are its own, and not gaps between its rows."""
     elements = torch.zeros(span, dtype=torch.uint8)
-    elements.as_strided(t.shape, t.stride()).fill_(1)
+    # A row that is repeated lies in memory once.
+    sizes = zip(t.shape, t.stride(), strict=True)
+    once = [size if stride else 1 for size, stride in sizes]
+    elements.as_strided(once, t.stride()).fill_(1)
     return np.repeat(elements.numpy().astype(np.bool_), t.element_size())
 
 
@@ -52,7 +56,10 @@ class GlobalMemory:
         """Returns `width` bytes for each thread, zeros where it is not active: [threads, width]."""
         found = np.zeros((active.size, width), np.uint8)
         for region, inside in self._regions_of(addresses, width, active):
-            found[inside] = region.memory[_offsets(region, addresses[inside], width)]
+            offsets = _offsets(region, addresses[inside], width)
+            if region.is_output and region.stored[offsets].any():
+                raise MemoryError("load of a global address that this launch stores to")
+            found[inside] = region.memory[offsets]
         self._count("load", addresses, width, active)
         return found
 
@@ -63,7 +70,7 @@ class GlobalMemory:
             offsets, given = _offsets(region, addresses[inside], width), values[inside]
             differs = region.stored[offsets] & (region.memory[offsets] != given)
             region.memory[offsets] = given
-            region.stored[offsets] = True
+            region.stored[offsets] = region.is_output = True
             if differs.any() or (region.memory[offsets] != given).any():
                 raise MemoryError("two stores of different values to one global address")
         self._count("store", addresses, width, active)

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from minilora.kernels.gpu import runtime
 
+# Whose PTX runs where nothing else is said.
 TARGET = "sm_80"
+
 Change = Callable[[str], str]
 
 
@@ -89,9 +91,10 @@ def arguments(
 
 
 @contextlib.contextmanager
-def emulated(target: str = TARGET, change: Change | None = None) -> Iterator[list[Executed]]:
+def emulated(target: str = "", change: Change | None = None) -> Iterator[list[Executed]]:
     """Inside, kernels run in the emulator; yields the list of what has run.
 
+    target: one of compile_gate's, of a generation with the instructions of sm_80: not sm_90
     change: a function of the PTX, to plant a fault
     """
     executed: list[Executed] = []
@@ -101,7 +104,7 @@ def emulated(target: str = TARGET, change: Change | None = None) -> Iterator[lis
     ) -> None:
         if 0 in grid:
             return
-        found = compiled(kernel, args, settings, target)
+        found = compiled(kernel, args, settings, target or TARGET)
         program = parse(change(found.ptx) if change else found.ptx)
         machine = Machine(program, *arguments(kernel, args, settings), shared=found.shared)
         machine.run(grid)

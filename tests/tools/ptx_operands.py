@@ -94,10 +94,13 @@ def arithmetic(instruction: Instruction, body: Body) -> Callable[[Registers], No
     """Resolves an instruction of the table in ptx_arithmetic."""
     found = signature(instruction.name)
     to, *sources = instruction.operands
-    if len(sources) != len(found.sources):
+    kinds = found.sources
+    if instruction.parts[0] in ("min", "max") and len(sources) == 3:
+        kinds = (found.result,) * 3
+    if len(sources) != len(kinds):
         raise NotImplementedError(f"{instruction.text}: {len(sources)} sources")
 
-    pairs = zip(sources, found.sources, strict=True)
+    pairs = zip(sources, kinds, strict=True)
     reads = [read(source, kind, body) for source, kind in pairs]
     put = write(to, found.result, instruction.guard, body)
     compute = found.compute
@@ -126,7 +129,8 @@ def _join(instruction: Instruction, body: Body) -> Callable[[Registers], None]:
     to, source = instruction.operands
     parts = vector(source)
     size = size_of(instruction.parts[-1])
-    reads = [read_bits(part, f"b{8 * size // len(parts)}", body) for part in parts]
+    kind = f"b{8 * size // len(parts)}"
+    reads = [_read_or_never_written(part, kind, body) for part in parts]
     put = write_bits(to, instruction.guard, body)
     joined = UNSIGNED[size]
 
@@ -135,6 +139,15 @@ def _join(instruction: Instruction, body: Body) -> Callable[[Registers], None]:
         put(registers, np.stack(found, -1).view(joined)[..., 0])
 
     return step
+
+
+def _read_or_never_written(part: str, kind: str, body: Body) -> Read:
+    """Reads a register of a pair, which the compiler leaves unwritten if only the other is used."""
+    get = read_bits(part, kind, body)
+    never = _never_written(np.zeros(1, UNSIGNED[size_of(kind)]))
+    return lambda registers: (
+        never if body.is_register(part) and part not in registers else get(registers)
+    )
 
 
 def _split(instruction: Instruction, body: Body) -> Callable[[Registers], None]:

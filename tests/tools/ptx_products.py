@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import ptx_launch
 import torch
 import triton
 from ptx_launch import emulated
@@ -64,11 +65,14 @@ class Source:
 
     def rows(self, x: Tensor) -> Tensor:
         """Returns the matrix x in one of the layouts that the kernels are given."""
-        layout = self.pick("whole", "whole", "shifted", "odd stride", "even stride")
+        layouts = "whole", "whole", "shifted", "odd stride", "even stride", "repeated"
+        layout = self.pick(*layouts)
         if layout == "shifted":
             return self.place(x)
         if layout == "whole":
             return x
+        if layout == "repeated":
+            return x[:1].expand(x.shape)
         gap = x.new_zeros(x.shape[0], 3 if layout == "odd stride" else 8)
         return torch.cat([x, gap], 1)[:, : x.shape[1]]
 
@@ -259,7 +263,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--target", default=ptx_launch.TARGET)
     options = parser.parse_args()
+    ptx_launch.TARGET = options.target
     result = run(options.seed, options.count, options.seconds)
     print(json.dumps(result))
     sys.exit(bool(result["wrong"] or result["faults"]))

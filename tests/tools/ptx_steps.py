@@ -233,11 +233,14 @@ def _copy(instruction: Instruction, body: Body) -> Step:
     return step
 
 
-def _load_matrix(instruction: Instruction, body: Body) -> Step:
+def _check_matrix(instruction: Instruction) -> None:
     known = {"sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "b16"}
     if not set(instruction.parts[1:]) <= known or instruction.guard:
         raise unknown(instruction.name)
 
+
+def _load_matrix(instruction: Instruction, body: Body) -> Step:
+    _check_matrix(instruction)
     registers = vector(instruction.operands[0])
     where = _address(instruction.operands[1], body)
     puts = [write_bits(register, None, body) for register in registers]
@@ -248,6 +251,22 @@ def _load_matrix(instruction: Instruction, body: Body) -> Step:
         for i, put in enumerate(puts):
             rows = state.shared.load(addresses, 16, tensor_core.gives_row(state.threads, i))
             put(state.registers, tensor_core.distribute(rows, i, transposed))
+
+    return step
+
+
+def _store_matrix(instruction: Instruction, body: Body) -> Step:
+    _check_matrix(instruction)
+    where = _address(instruction.operands[0], body)
+    reads = [read_bits(r, "b32", body) for r in vector(instruction.operands[1])]
+    transposed = "trans" in instruction.parts
+
+    def step(state: State) -> None:
+        addresses = where(state)
+        for i, get in enumerate(reads):
+            registers = of_all(get(state.registers), state.threads)
+            rows = tensor_core.collect(registers, i, transposed)
+            state.shared.store(addresses, rows, tensor_core.gives_row(state.threads, i))
 
     return step
 
@@ -330,6 +349,7 @@ TABLE: dict[str, Callable[[Instruction, Body], Step]] = {
     "st": _store,
     "cp": _copy,
     "ldmatrix": _load_matrix,
+    "stmatrix": _store_matrix,
     "mma": _multiply,
     "shfl": _shuffle,
     "redux": _reduce,

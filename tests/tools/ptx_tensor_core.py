@@ -1,4 +1,4 @@
-"""What the threads of a warp do together: ldmatrix, mma, shfl and redux, for all warps at once.
+"""What the threads of a warp do together: ldmatrix, stmatrix, mma, shfl, redux; all warps at once.
 
 Arrays are [warps * 32]. Lane l of a warp has the numbers g = l // 4 and t = l % 4, by which the PTX
 ISA says who holds which element of a matrix.
@@ -27,6 +27,20 @@ def distribute(rows: Array, matrix: int, transposed: bool) -> Array:
     m = m.transpose(0, 2, 1) if transposed else m
     low, high = m[:, G, 2 * T].astype(np.uint32), m[:, G, 2 * T + 1].astype(np.uint32)
     return (low | high << np.uint32(16)).reshape(-1)
+
+
+def collect(registers: Array, matrix: int, transposed: bool) -> Array:
+    """stmatrix, the way back: rows, uint8 [threads, 16], of the threads that give an address."""
+    warps = registers.size // WARP
+    elements = np.ascontiguousarray(registers).view(np.uint16).reshape(warps, WARP, 2)
+    m = np.empty((warps, 8, 8), np.uint16)
+    for i in range(2):
+        m[:, G, 2 * T + i] = elements[:, :, i]
+    m = m.transpose(0, 2, 1) if transposed else m
+
+    rows = np.zeros((warps, WARP, 8), np.uint16)
+    rows[:, 8 * matrix : 8 * matrix + 8] = m
+    return rows.view(np.uint8).reshape(-1, 16)
 
 
 Places = tuple[Array, Array]

@@ -96,6 +96,14 @@ def recorded() -> dict[str, dict[str, Row]]:
     return budget
 
 
+def limits(found: dict[str, Row]) -> dict[str, Row]:
+    """What the budget holds of a table; compile_gate.py counts the machine's instructions."""
+    return {
+        name: {what: n for what, n in row.items() if what != "PTX instructions"}
+        for name, row in found.items()
+    }
+
+
 def lowered(found: dict[str, Row], held: dict[str, Row]) -> dict[str, Row]:
     """The new table with each number no higher than it was.
 
@@ -114,7 +122,7 @@ def main() -> None:
     elif "--record" in sys.argv:
         budget = recorded()
         held = budget.get(triton.__version__, {})
-        budget[triton.__version__] = lowered(found, held)
+        budget[triton.__version__] = lowered(limits(found), held)
         BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
     else:
         columns = list(next(iter(found.values())))

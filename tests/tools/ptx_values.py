@@ -34,7 +34,10 @@ DTYPES: dict[str, Any] = {
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 # Of bytes, where DTYPES does not say it.
-_SIZES = {"bf16": 2, "bf16x2": 4, "f16x2": 4}
+_SIZES = {"bf16": 2, "bf16x2": 4, "f16x2": 4, "f32x2": 8}
+
+# Two numbers in a register: the kind of each.
+PAIRS = {"bf16x2": "bf16", "f16x2": "f16", "f32x2": "f32"}
 
 
 def size_of(kind: str) -> int:
@@ -88,16 +91,16 @@ def resize(bits: Array, size: int) -> Array:
 def decode(bits: Array, kind: str) -> Array:
     """The numbers of a kind in the low bits of registers.
 
-    Those of a pair ("f16x2", "bf16x2") lie along a new last axis, the low half first.
+    Those of a pair ("f16x2") lie along a new last axis, the low half first.
     """
     if kind == "pred":
         return bits
     bits = resize(bits, size_of(kind))
     if kind == "bf16":
         return widen(bits)
-    if kind in ("bf16x2", "f16x2"):
-        halves = np.ascontiguousarray(bits).view(np.uint16).reshape(*bits.shape, 2)
-        return widen(halves) if kind == "bf16x2" else halves.view(np.float16)
+    if kind in PAIRS:
+        half = UNSIGNED[size_of(PAIRS[kind])]
+        return decode(np.ascontiguousarray(bits)[..., None].view(half), PAIRS[kind])
     return bits.view(DTYPES[kind])
 
 
@@ -110,9 +113,9 @@ def encode(numbers: Array, kind: str, size: int) -> Array:
         return numbers.astype(np.bool_, copy=False)
     if kind == "bf16":
         return narrow(numbers)
-    if kind in ("bf16x2", "f16x2"):
-        halves = narrow(numbers) if kind == "bf16x2" else numbers.astype(np.float16)
-        return np.ascontiguousarray(halves).view(np.uint32)[..., 0]
+    if kind in PAIRS:
+        halves = encode(numbers, PAIRS[kind], size_of(PAIRS[kind]))
+        return np.ascontiguousarray(halves).view(UNSIGNED[size_of(kind)])[..., 0]
 
     typed = numbers.astype(DTYPES[kind], copy=False)
     if typed.dtype.itemsize != size:
