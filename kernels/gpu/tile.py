@@ -5,6 +5,16 @@ r"""The tile path of the products on a GPU: a tile of W is dequantized on its wa
 The weights are exactly what `dequantize` gives, so only the order of summation differs from the
 reference.
 
+What the compiler makes of the loops (NVIDIA):
+
+* Packed words and x are copied to shared memory in the background, some tiles ahead (`stages`).
+  Triton does so with every load that a product depends on, one load behind the other; so a table in
+  memory would take the buffers from the words. On NVIDIA there is none: see `block_table.py`.
+* An absmax waits in registers, loaded by hand one tile ahead. It is a chain of three loads.
+* A thread decodes 32 weights at a time, in registers, and writes them to shared memory: W is the
+  second factor of y = x W^T, which wgmma takes from nowhere else, and which every warp needs whole
+  or in part. (The skinny path, y^T = W x^T, does without.)
+
 Dimension letters: M rows of x, I in_features, O out_features, r rank; BM, BO, BI, BR the sides of a
 tile.
 """
@@ -66,7 +76,8 @@ def _backward(
         word = _load_words(o, first, weight, O, I, BI)
         W = _decode_tile(word, absmax, tables, dtype, PTX)
         acc = tl.dot(dy, W, acc)
-        # As in `_forward`.
+
+        # As in `_forward`. Below the last row it is 0.
         absmax = _load_absmax(o + BO, first, weight, tables, O, I, BLOCK, BI)
 
     dxs = dx_ptr + m.to(tl.int64)[:, None] * I + i[None, :]
@@ -193,7 +204,7 @@ def tile_backward(
 
 
 def _has_ptx() -> bool:
-    # The interpreter of the tests knows byte permutes only.
+    # The interpreter runs inline PTX in the tests only, and no more than 32-bit integers.
     return not (runtime.PORTABLE or triton.knobs.runtime.interpret)
 
 
