@@ -148,13 +148,29 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @triton.jit
 def load_scale(b, mask, weight, map8_ptr):
     """The absmax of blocks b, float32: stored, or map8[code] * absmax2 + offset, two roundings."""
+    stored, scale = load_stored(b, mask, weight)
+    return scale_of(stored, scale, weight, map8_ptr)
+
+
+@triton.jit
+def load_stored(b, mask, weight):
+    """What is stored of the absmax of blocks b: codes and scales, or the absmax twice."""
+    stored = tl.load(weight.absmax + b, mask=mask, other=0)
     if weight.absmax2 is not None:
-        code = tl.load(weight.absmax + b, mask=mask, other=0).to(tl.int32)
-        value = tl.load(map8_ptr + code)
         scale = tl.load(weight.absmax2 + b // GROUP, mask=mask, other=0.0)
+    else:
+        scale = stored
+    return stored, scale
+
+
+@triton.jit
+def scale_of(stored, scale, weight, map8_ptr):
+    """The absmax of what `load_stored` returned."""
+    if weight.absmax2 is not None:
+        value = tl.load(map8_ptr + stored.to(tl.int32))
         return value * scale + tl.load(weight.offset)
     else:  # noqa: RET505 - Triton drops the branch that is not taken, but not what follows a return
-        return tl.load(weight.absmax + b, mask=mask, other=0.0)
+        return stored
 
 
 @triton.jit
