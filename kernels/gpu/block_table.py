@@ -17,6 +17,7 @@ import functools
 import torch
 
 from ..reference import codebooks
+from .permute import level_pairs
 from .runtime import tl, triton
 
 _CONVERT = {torch.bfloat16: "cvt.rn.bf16x2.f32", torch.float16: "cvt.rn.f16x2.f32"}
@@ -47,44 +48,6 @@ def _float(bits: int) -> str:
     return f"0f{bits & 0xFFFFFFFF:08X}"
 
 
-def _look_up_ptx() -> str:
-    """Returns the PTX that turns word $4 into four registers of two weights, in memory order.
-
-    The table is $5 to $8, low bytes, and $9 to $12, high bytes.
-    """
-    # Nibble i of a selector: three bits of code i; in the last permute i, or i + 4 where the code
-    # has bit 3.
-    text = [
-        ".reg .b32 code, which, x, y, low, high;",
-        "and.b32 code, $4, 0x77777777;",
-        "shr.u32 which, $4, 1;",
-        "and.b32 which, which, 0x44444444;",
-        "or.b32 which, which, 0x32103210;",
-    ]
-
-    for half in (0, 2):
-        if half:
-            text += ["shr.u32 code, code, 16;", "shr.u32 which, which, 16;"]
-
-        for name, first in (("low", 5), ("high", 9)):
-            text += [
-                f"prmt.b32 x, ${first}, ${first + 1}, code;",
-                f"prmt.b32 y, ${first + 2}, ${first + 3}, code;",
-                f"prmt.b32 {name}, x, y, which;",
-            ]
-
-        # Nibbles 1, 0 and 3, 2 are weights 0, 1 and 2, 3: a byte's first is in its high nibble.
-        text += [
-            f"prmt.b32 ${half}, low, high, 0x4051;",
-            f"prmt.b32 ${half + 1}, low, high, 0x6273;",
-        ]
-
-    return "{" + " ".join(text) + "}"
-
-
-_LOOK_UP = tl.constexpr(_look_up_ptx())
-
-
 @triton.jit
 def _table(absmax, PTX: tl.constexpr):
     """The table of each block: four registers of low bytes, four of high bytes."""
@@ -93,20 +56,6 @@ def _table(absmax, PTX: tl.constexpr):
         "=r,=r,=r,=r,=r,=r,=r,=r,f",
         [absmax],
         dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def _look_up(word, table):
-    """Four int32 of two weights each: weights (0, 1), (2, 3), (4, 5), (6, 7) of every word."""
-    l0, l1, l2, l3, h0, h1, h2, h3 = table
-    return tl.inline_asm_elementwise(
-        _LOOK_UP,
-        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
-        [word, l0, l1, l2, l3, h0, h1, h2, h3],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
         is_pure=True,
         pack=1,
     )
@@ -132,10 +81,10 @@ def decode_with_table(word, absmax, DTYPE: tl.constexpr, PTX: tl.constexpr):
     even, odd = tl.split(tl.reshape(word, (ROWS, WORDS // 4, 2, 2)))
     w0, w2 = tl.split(even)
     w1, w3 = tl.split(odd)
-    a0, a1, a2, a3 = _look_up(w0, table)
-    b0, b1, b2, b3 = _look_up(w1, table)
-    c0, c1, c2, c3 = _look_up(w2, table)
-    d0, d1, d2, d3 = _look_up(w3, table)
+    a0, a1, a2, a3 = level_pairs(w0, table, True)
+    b0, b1, b2, b3 = level_pairs(w1, table, True)
+    c0, c1, c2, c3 = level_pairs(w2, table, True)
+    d0, d1, d2, d3 = level_pairs(w3, table, True)
 
     # [R, C / 4, word, pair], then the two halves of a pair.
     pairs = _four(

@@ -1,9 +1,9 @@
 """4-bit weights on a GPU, with Triton: the functions of reference/nf4.py, bit for bit the same.
 
 Dequantizing is the hot one: a training step dequantizes every weight three times. Its unit is a
-32-bit word, eight codes: one load, eight look-ups in a table of 64 bytes that stays in the L1
-cache, eight products, and in bfloat16 one store of 128 bits. The absmax is computed from its double
-quantization in the same launch.
+32-bit word, eight codes: one load of the word, eight loads from a table of 64 bytes in global
+memory (two sectors, so the L1 cache answers them), eight products, and in bfloat16 one store of 128
+bits. The absmax is computed from its double quantization in the same launch.
 """
 
 import functools
@@ -146,31 +146,47 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @triton.jit
-def load_scale(b, mask, weight, map8):
+def load_scale(b, mask, weight, map8_ptr):
     """The absmax of blocks b, float32: stored, or map8[code] * absmax2 + offset, two roundings."""
-    if weight.absmax2 is not None:
-        code = tl.load(weight.absmax + b, mask=mask, other=0).to(tl.int32)
-        value = tl.load(map8 + code)
-        scale = tl.load(weight.absmax2 + b // GROUP, mask=mask, other=0.0)
-        return value * scale + tl.load(weight.offset)
-    else:  # noqa: RET505 - Triton drops the branch that is not taken, but not what follows a return
-        return tl.load(weight.absmax + b, mask=mask, other=0.0)
+    stored, scale = load_stored(b, mask, weight)
+    return scale_of(stored, scale, weight, map8_ptr)
 
 
 @triton.jit
-def decode(word, scale, levels):
+def load_stored(b, mask, weight):
+    """What is stored of the absmax of blocks b: codes and scales, or the absmax twice."""
+    stored = tl.load(weight.absmax + b, mask=mask, other=0)
+    if weight.absmax2 is not None:
+        scale = tl.load(weight.absmax2 + b // GROUP, mask=mask, other=0.0)
+    else:
+        scale = stored
+    return stored, scale
+
+
+@triton.jit
+def scale_of(stored, scale, weight, map8_ptr):
+    """The absmax of what `load_stored` returned."""
+    if weight.absmax2 is not None:
+        value = tl.load(map8_ptr + stored.to(tl.int32))
+        return value * scale + tl.load(weight.offset)
+    else:  # noqa: RET505 - Triton drops the branch that is not taken, but not what follows a return
+        return stored
+
+
+@triton.jit
+def decode(word, scale, levels_ptr):
     """The eight weights of each word, float32: word [.., C], scale broadcast to it -> [.., C, 8].
 
     Little endian: byte k of a word holds weights 2k, in its high nibble, and 2k + 1.
     """
-    w0 = tl.load(levels + (word >> 4 & 15)) * scale
-    w1 = tl.load(levels + (word & 15)) * scale
-    w2 = tl.load(levels + (word >> 12 & 15)) * scale
-    w3 = tl.load(levels + (word >> 8 & 15)) * scale
-    w4 = tl.load(levels + (word >> 20 & 15)) * scale
-    w5 = tl.load(levels + (word >> 16 & 15)) * scale
-    w6 = tl.load(levels + (word >> 28 & 15)) * scale
-    w7 = tl.load(levels + (word >> 24 & 15)) * scale
+    w0 = tl.load(levels_ptr + (word >> 4 & 15)) * scale
+    w1 = tl.load(levels_ptr + (word & 15)) * scale
+    w2 = tl.load(levels_ptr + (word >> 12 & 15)) * scale
+    w3 = tl.load(levels_ptr + (word >> 8 & 15)) * scale
+    w4 = tl.load(levels_ptr + (word >> 20 & 15)) * scale
+    w5 = tl.load(levels_ptr + (word >> 16 & 15)) * scale
+    w6 = tl.load(levels_ptr + (word >> 28 & 15)) * scale
+    w7 = tl.load(levels_ptr + (word >> 24 & 15)) * scale
 
     # Joining appends an index: the last is the lowest bit of the weight's number.
     even = tl.join(tl.join(w0, w4), tl.join(w2, w6))

@@ -5,6 +5,17 @@ r"""The tile path of the products on a GPU: a tile of W is dequantized on its wa
 The weights are exactly what `dequantize` gives, so only the order of summation differs from the
 reference.
 
+What the compiler makes of the loops (NVIDIA):
+
+* Packed words and x are copied to shared memory in the background, some tiles ahead (`stages`).
+  Triton does so with every load that a product depends on, one load behind the other; so a table in
+  memory would take the buffers from the words. On NVIDIA there is none: see `block_table.py`.
+* An absmax is a code of one byte, which cannot be copied like that, then a look-up. So codes are
+  loaded into registers two tiles ahead, and looked up one tile ahead, while a tile is multiplied.
+* A thread decodes 32 weights at a time, in registers, and writes them to shared memory: W is the
+  second factor of y = x W^T, which wgmma takes from nowhere else, and which every warp needs whole
+  or in part. (The skinny path, y^T = W x^T, does without.)
+
 Dimension letters: M rows of x, I in_features, O out_features, r rank; BM, BO, BI, BR the sides of a
 tile.
 """
@@ -17,7 +28,7 @@ from torch import Tensor
 from ..reference.nf4 import PackedWeight
 from . import runtime
 from .block_table import decode_with_table, table_ptx
-from .nf4 import decode, load_scale
+from .nf4 import decode, load_stored, scale_of
 from .runtime import LowRank, launch, tables, term_of, tl, triton
 
 
@@ -32,15 +43,18 @@ def _forward(
     m, o, _, acc = _start(term, M, O, BM, BO, BR)
 
     xs = x_ptr + m.to(tl.int64)[:, None] * stride + tl.arange(0, BI)[None, :]
-    absmax = _load_absmax(o, 0, weight, tables, O, I, BLOCK, BI)
+    codes, scales = _load_stored(o, 0, weight, O, I, BLOCK, BI)
+    absmax = scale_of(codes, scales, weight, tables.map8)
+    codes, scales = _load_stored(o, tl.minimum(BI, I - BI), weight, O, I, BLOCK, BI)
     for k in range(0, I, BI):
         x = tl.load(xs + k, mask=(m < M)[:, None], other=0.0)
         word = _load_words(o, k, weight, O, I, BI)
         W = _decode_tile(word, absmax, tables, dtype, PTX)
         acc = tl.dot(x, tl.trans(W), acc)
 
-        # The next tile's, or the last one's again, on its way while this one is multiplied.
-        absmax = _load_absmax(o, tl.minimum(k + BI, I - BI), weight, tables, O, I, BLOCK, BI)
+        # The next tile's. What the one after it needs is on its way (or the last one's again).
+        absmax = scale_of(codes, scales, weight, tables.map8)
+        codes, scales = _load_stored(o, tl.minimum(k + 2 * BI, I - BI), weight, O, I, BLOCK, BI)
 
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
@@ -58,7 +72,10 @@ def _backward(
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
     m, i, first, acc = _start(term, M, I, BM, BI, BR)
 
-    absmax = _load_absmax(tl.arange(0, BO), first, weight, tables, O, I, BLOCK, BI)
+    o = tl.arange(0, BO)
+    codes, scales = _load_stored(o, first, weight, O, I, BLOCK, BI)
+    absmax = scale_of(codes, scales, weight, tables.map8)
+    codes, scales = _load_stored(o + BO, first, weight, O, I, BLOCK, BI)
     for k in range(0, O, BO):
         o = k + tl.arange(0, BO)
         dys = dy_ptr + m.to(tl.int64)[:, None] * stride + o[None, :]
@@ -66,8 +83,10 @@ def _backward(
         word = _load_words(o, first, weight, O, I, BI)
         W = _decode_tile(word, absmax, tables, dtype, PTX)
         acc = tl.dot(dy, W, acc)
+
         # As in `_forward`.
-        absmax = _load_absmax(o + BO, first, weight, tables, O, I, BLOCK, BI)
+        absmax = scale_of(codes, scales, weight, tables.map8)
+        codes, scales = _load_stored(o + 2 * BO, first, weight, O, I, BLOCK, BI)
 
     dxs = dx_ptr + m.to(tl.int64)[:, None] * I + i[None, :]
     tl.store(dxs, acc.to(dtype), mask=(m < M)[:, None])
@@ -85,26 +104,26 @@ def _load_words(o, first, weight, O, I, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _load_absmax(
-    o, first, weight, tables, O, I, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The absmax of the blocks of W[o, first : first + WIDTH], float32 [len(o), blocks]."""
+def _load_stored(o, first, weight, O, I, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """What is stored of the absmax of W[o, first : first + WIDTH], [len(o)] or [len(o), blocks]."""
     b = (o.to(tl.int64) * I + first) // BLOCK
-    inside = o < O
     if WIDTH <= BLOCK:
         # Not a matrix of one column, for which triton 3.6 lays out the whole tile by columns.
-        return load_scale(b, inside, weight, tables.map8)[:, None]
+        return load_stored(b, o < O, weight)
     else:  # noqa: RET505 - Triton drops the branch that is not taken, but not what follows a return
         blocks = b[:, None] + tl.arange(0, WIDTH // BLOCK)[None, :]
-        return load_scale(blocks, inside[:, None], weight, tables.map8)
+        return load_stored(blocks, (o < O)[:, None], weight)
 
 
 @triton.jit
 def _decode_tile(word, absmax, tables, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """The weights of words [R, C] in DTYPE, rounded once: absmax [R, blocks] -> [R, 8 C]."""
+    """The weights of words [R, C] in DTYPE, rounded once: absmax [R] or [R, blocks] -> [R, 8 C]."""
     ROWS: tl.constexpr = word.shape[0]
     WORDS: tl.constexpr = word.shape[1]
-    BLOCKS: tl.constexpr = absmax.shape[1]
+    BLOCKS: tl.constexpr = absmax.shape[1] if len(absmax.shape) == 2 else 1
+    if BLOCKS == 1:
+        absmax = absmax[:, None]
+
     if PTX is not None:
         # One absmax for every four words.
         REPEATS: tl.constexpr = WORDS // 4 // BLOCKS
@@ -193,7 +212,7 @@ def tile_backward(
 
 
 def _has_ptx() -> bool:
-    # The interpreter of the tests knows byte permutes only.
+    # The interpreter runs inline PTX in the tests only, and no more than 32-bit integers.
     return not (runtime.PORTABLE or triton.knobs.runtime.interpret)
 
 
