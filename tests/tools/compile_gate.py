@@ -268,7 +268,7 @@ def measure(launch: Launch, target: str) -> dict[str, Any]:
     if target.startswith("gfx"):
         return row | machine_code.measure_amd(k.asm["amdgcn"])
     weights = weights_per_thread(given, options["num_warps"])
-    return row | machine_code.measure_nvidia(k, weights)
+    return row | machine_code.measure_nvidia(k, weights, threads=32 * options["num_warps"])
 
 
 def record() -> None:
