@@ -78,6 +78,7 @@ def launches(target: str) -> Iterator[Launch]:
     portable = target.startswith("gfx")
     runtime.INTERPRETED = True
     runtime.PORTABLE = skinny.PORTABLE = portable
+    skinny.capability_of = lambda device: capability(target)
     nf4._WORDS = nf4._WARPS * (64 if portable else 32)
 
     seen = set()
@@ -153,11 +154,18 @@ def products(target: str) -> Iterator[Call]:
     yield f"forward skinny M=1 I={NARROW_I}", call
 
 
+def capability(target: str) -> tuple[int, int] | None:
+    """Returns the compute capability of a target, None for AMD's."""
+    if target.startswith("gfx"):
+        return None
+    major, minor = divmod(TARGETS[target].arch, 10)
+    return major, minor
+
+
 def generation(target: str) -> str:
     """Returns whose table of choices a target's GPUs have."""
-    if target.startswith("gfx"):
-        return "amd"
-    return choose.generation_of(*divmod(TARGETS[target].arch, 10))
+    found = capability(target)
+    return choose.generation_of(*found) if found else "amd"
 
 
 def sizes(line: dict[str, Any]) -> list[tuple[str, int]]:
@@ -168,7 +176,7 @@ def sizes(line: dict[str, Any]) -> list[tuple[str, int]]:
         return [("M=4096", 4096)]
 
     # The fewest rows of every height that the skinny kernel is compiled for.
-    fewest = filter(line["rows"].__ge__, (1, 9, 17, 33))
+    fewest = (M for M in (1, 9, 17, 33) if line["rows"] >= M)
     return [(f"M={M}", M) for M in fewest]
 
 
@@ -262,7 +270,7 @@ def measure(launch: Launch, target: str) -> dict[str, Any]:
     if target.startswith("gfx"):
         return row | machine_code.measure_amd(k.asm["amdgcn"])
     weights = weights_per_thread(given, options["num_warps"])
-    return row | machine_code.measure_nvidia(k, weights)
+    return row | machine_code.measure_nvidia(k, weights, threads=32 * options["num_warps"])
 
 
 def record() -> None:

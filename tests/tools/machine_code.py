@@ -4,6 +4,7 @@ Three stages of a compiled kernel are read: Triton's own TTGIR (what is copied a
 copies a loop waits for), PTX, and the machine code, which is SASS on NVIDIA.
 """
 
+import math
 import re
 import subprocess
 import tempfile
@@ -21,15 +22,21 @@ _PRODUCT = re.compile(r"tt\.dot |ttng\.warp_group_dot |ttng\.tc_gen5_mma")
 _WORDS = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+xi32,")
 
 
+# An asynchronous copy of words or floats: the sizes of the tile.
+_COPY = re.compile(r"ttg\.async_copy_global_to_local .* : tensor<([0-9x]+)x!tt\.ptr<[if]32>")
+
+
 class Pipeline(NamedTuple):
     """What the main loop of a product copies ahead.
 
     in_flight: the copies that are still under way after a wait, at least; None without a wait
     buffers: how many steps of packed words have room in shared memory; 0 where none have
+    narrow: words and floats that are copied one by one in an iteration, 4 bytes each
     """
 
     in_flight: int | None
     buffers: int
+    narrow: int
 
 
 def pipeline(ttgir: str) -> Pipeline:
@@ -40,7 +47,15 @@ def pipeline(ttgir: str) -> Pipeline:
     return Pipeline(
         in_flight=min(map(int, waits), default=None),
         buffers=min(map(int, buffers), default=0),
+        narrow=sum(map(_copied_one_by_one, body.split("\n"))),
     )
+
+
+def _copied_one_by_one(line: str) -> int:
+    copy = _COPY.search(line)
+    if not copy or re.search(r"contiguity = (?!1 )\d", line):
+        return 0
+    return math.prod(map(int, copy[1].split("x")))
 
 
 def _loops_of_ttgir(ttgir: str) -> list[str]:
@@ -89,26 +104,26 @@ def loops(lines: list[tuple[int, str, str]]) -> list[list[str]]:
     return sorted(found, key=len, reverse=True)
 
 
-def measure_nvidia(k: Any, weights: float) -> dict[str, Any]:
+def measure_nvidia(k: Any, weights: float, threads: int) -> dict[str, Any]:
     """Describes a kernel that decodes so many weights per thread, in its loop if it has one."""
     ptx, ttgir = k.asm["ptx"], k.asm["ttgir"]
     code = sass(k.asm["cubin"])
     found = loops(code.lines)
     body = found[0] if found else [name for _, name, _ in code.lines]
     wide = [name for _, name, _ in code.lines if ".128" in name]
-    copies = [name for name in body if name.startswith("LDGSTS")]
-    narrow = [name for name in copies if not name.endswith((".64", ".128"))]
+    ahead = pipeline(ttgir)
 
     return {
-        **pipeline(ttgir)._asdict(),
+        "in_flight": ahead.in_flight,
+        "buffers": ahead.buffers,
+        "narrow per weight": ahead.narrow / (weights * threads) if weights else 0,
         "stack": code.stack,
         "registers": code.registers,
         "spills": sum(name.startswith(("LDL", "STL")) for loop in found for name in loop),
         "instructions": len(body),
         "weights": weights,
         "per weight": round(len(body) / weights, 2) if weights else None,
-        "copies": len(copies),
-        "copies of 4 bytes": len(narrow),
+        "copies": sum(name.startswith("LDGSTS") for name in body),
         "loads of 2 bytes": sum(name.startswith("LDG") and "U16" in name for name in body),
         "barriers": sum(name.startswith("BAR") for name in body),
         "shuffles": sum(name.startswith("SHFL") for name in body),
