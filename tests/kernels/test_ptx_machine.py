@@ -164,6 +164,12 @@ def test_an_access_out_of_bounds_is_refused_with_its_cta(access: str) -> None:
     assert f"@%p1 {access} (CTA (2, 0, 0)" in message
 
 
+def test_an_access_that_is_partly_out_of_bounds_is_refused() -> None:
+    execute("ld.global.b32 {%r4}, [%rd3];", torch.zeros(256, dtype=torch.uint8))
+    with pytest.raises(KernelError, match="4 bytes at byte 252 of uint8 255, thread 63"):
+        execute("ld.global.b32 {%r4}, [%rd3];", torch.zeros(255, dtype=torch.uint8))
+
+
 def test_gaps_between_rows_are_out_of_bounds() -> None:
     rows = torch.zeros(4, 20, dtype=torch.int32)[:, :16]
     execute("setp.lt.u32 %p1, %r2, 16; @%p1 ld.global.b32 {%r4}, [%rd3];", rows)
@@ -268,6 +274,12 @@ def test_what_an_asynchronous_copy_needs(removed: str, message: str) -> None:
     assert message in refusal(ALL_BYTES + COPY.replace(removed, ""))
 
 
+def test_other_warps_need_a_barrier_after_the_wait() -> None:
+    barrier, wait = "bar.sync 0;", "cp.async.wait_group 0;"
+    early = COPY.replace(barrier, "").replace(wait, barrier + wait)
+    assert "race in shared memory: read of what" in refusal(ALL_BYTES + early)
+
+
 def test_bytes_in_flight_are_not_to_be_touched() -> None:
     # The bytes were written before, so that reading them is not what is wrong.
     before = "st.shared.b32 [%r3], {%r2}; bar.sync 0;"
@@ -288,6 +300,7 @@ def test_banks_are_counted() -> None:
     assert wavefronts(8 * lanes, 8, everyone) == 2
     assert wavefronts(16 * lanes, 16, everyone) == 4
     assert wavefronts(128 * lanes, 16, everyone) == 32
+    assert wavefronts(0 * lanes, 16, everyone) == 4, "a quarter of a warp at a time"
     assert wavefronts(128 * lanes, 4, lanes < 5) == 5
 
 
