@@ -3,66 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from ptx_machine import KernelError, Machine
+from ptx_by_hand import HEAD, THREADS, execute, refusal
+from ptx_machine import KernelError
 from ptx_program import parse, parse_body
 from ptx_shared import wavefronts
-from torch import Tensor
-
-HEAD = """
-.version 8.0
-.target sm_80
-.address_size 64
-.extern .shared .align 16 .b8 global_smem[];
-.visible .entry kernel(
-    .param .u64 .ptr .global .align 1 kernel_param_0,
-    .param .u64 .ptr .global .align 16 kernel_param_1,
-    .param .u32 kernel_param_2
-)
-.reqntid 64
-{
-    .reg .pred %p<9>;
-    .reg .b16 %rs<9>;
-    .reg .b32 %r<60>;
-    .reg .b64 %rd<9>;
-    .loc 1 2 3
-$L__func_begin0:
-    ld.param.b64 %rd1, [kernel_param_0];   // input
-    ld.param.b64 %rd2, [kernel_param_1];   // output
-    ld.param.b32 %r1, [kernel_param_2];
-    mov.u32 %r2, %tid.x;
-    mad.wide.u32 %rd3, %r2, 4, %rd1;
-    mad.wide.u32 %rd4, %r2, 4, %rd2;
-    shl.b32 %r3, %r2, 2;
-"""
-THREADS = 64
-
-
-def execute(
-    text: str,
-    source: Tensor | None = None,
-    n: int = 0,
-    grid: tuple[int, ...] = (1,),
-    size: int = 64,
-) -> tuple[Tensor, Machine]:
-    """Runs statements behind HEAD; returns the output, int32 [size], and the machine.
-
-    %rd1 and %rd2 point to input and output, %rd3 and %rd4 to the thread's element of them; %r1 is
-    n, %r2 the thread, %r3 four times it.
-    """
-    source = torch.arange(THREADS, dtype=torch.int32) if source is None else source
-    out = torch.full((size,), -1, dtype=torch.int32)
-    program = parse(HEAD + text + "\n    ret;\n}\n.section .debug_str { .b8 0 }\n")
-    pointers = [source.data_ptr(), out.data_ptr(), n]
-    machine = Machine(program, pointers, [source, out], shared=1024)
-    machine.run(grid)
-    return out, machine
-
-
-def refusal(text: str, **arguments: int) -> str:
-    """The message of the fault that statements raise."""
-    with pytest.raises(KernelError) as error:
-        execute(text, **arguments)  # type: ignore[arg-type]
-    return str(error.value)
 
 
 def test_a_program_is_read() -> None:
@@ -159,9 +103,15 @@ def test_a_misaligned_access_is_refused() -> None:
 )
 def test_an_access_out_of_bounds_is_refused_with_its_cta(access: str) -> None:
     guarded = f"mov.u32 %r5, %ctaid.x; setp.eq.s32 %p1, %r5, 2; @%p1 {access};"
-    message = refusal(guarded, grid=(3,))  # type: ignore[arg-type]
+    message = refusal(guarded, grid=(3,))
     assert message.startswith("global access out of bounds: 4 bytes at byte")
     assert f"@%p1 {access} (CTA (2, 0, 0)" in message
+
+
+def test_an_access_that_is_partly_out_of_bounds_is_refused() -> None:
+    execute("ld.global.b32 {%r4}, [%rd3];", torch.zeros(256, dtype=torch.uint8))
+    with pytest.raises(KernelError, match="4 bytes at byte 252 of uint8 255, thread 63"):
+        execute("ld.global.b32 {%r4}, [%rd3];", torch.zeros(255, dtype=torch.uint8))
 
 
 def test_gaps_between_rows_are_out_of_bounds() -> None:
@@ -175,7 +125,7 @@ def test_two_values_at_one_address_are_refused() -> None:
     execute("mov.b32 %r4, 3; st.global.b32 [%rd2], {%r4};")
     assert "two stores of different values" in refusal("st.global.b32 [%rd2], {%r2};")
     later = "mov.u32 %r4, %ctaid.x; setp.eq.s32 %p1, %r2, 0; @%p1 st.global.b32 [%rd2], {%r4};"
-    assert "(CTA (1, 0, 0)" in refusal(later, grid=(2,))  # type: ignore[arg-type]
+    assert "(CTA (1, 0, 0)" in refusal(later, grid=(2,))
 
 
 def test_what_a_launch_stores_it_may_not_load() -> None:
@@ -268,6 +218,12 @@ def test_what_an_asynchronous_copy_needs(removed: str, message: str) -> None:
     assert message in refusal(ALL_BYTES + COPY.replace(removed, ""))
 
 
+def test_other_warps_need_a_barrier_after_the_wait() -> None:
+    barrier, wait = "bar.sync 0;", "cp.async.wait_group 0;"
+    early = COPY.replace(barrier, "").replace(wait, barrier + wait)
+    assert "race in shared memory: read of what" in refusal(ALL_BYTES + early)
+
+
 def test_bytes_in_flight_are_not_to_be_touched() -> None:
     # The bytes were written before, so that reading them is not what is wrong.
     before = "st.shared.b32 [%r3], {%r2}; bar.sync 0;"
@@ -288,109 +244,8 @@ def test_banks_are_counted() -> None:
     assert wavefronts(8 * lanes, 8, everyone) == 2
     assert wavefronts(16 * lanes, 16, everyone) == 4
     assert wavefronts(128 * lanes, 16, everyone) == 32
+    assert wavefronts(0 * lanes, 16, everyone) == 4, "a quarter of a warp at a time"
     assert wavefronts(128 * lanes, 4, lanes < 5) == 5
-
-
-def test_shuffles() -> None:
-    text = "shfl.sync.{} %r4, %r2, {}, {}, -1; st.global.b32 [%rd4], {{%r4}};"
-    threads = range(THREADS)
-
-    def shuffled(mode: str, by: int, clamp: int) -> list[int]:
-        return execute(text.format(mode, by, clamp))[0].tolist()
-
-    assert shuffled("bfly.b32", 5, 31) == [i ^ 5 for i in threads]
-    assert shuffled("idx.b32", 3, 31) == [i // 32 * 32 + 3 for i in threads]
-    assert shuffled("down.b32", 30, 31) == [i + 30 if i % 32 < 2 else i for i in threads]
-    assert shuffled("up.b32", 30, 0) == [i - 30 if i % 32 >= 30 else i for i in threads]
-    # In segments of 8 lanes; who would read beyond its own keeps what it has.
-    assert shuffled("bfly.b32", 8, 0x181F) == [i ^ 8 if i & 8 else i for i in threads]
-
-
-def test_redux() -> None:
-    out, _ = execute("redux.sync.add.s32 %r4, %r2, 0xffffffff; st.global.b32 [%rd4], {%r4};")
-    assert out.tolist() == [sum(range(32))] * 32 + [sum(range(32, 64))] * 32
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_ldmatrix_gives_each_lane_its_elements(transposed: bool) -> None:
-    matrices = torch.randint(0, 2**15, (4, 8, 8), dtype=torch.int16)
-    name = "ldmatrix.sync.aligned.m8n8.x4" + (".trans" if transposed else "") + ".shared.b16"
-    text = f"""
-        ld.global.b32 {{%r4}}, [%rd3]; st.shared.b32 [%r3], {{%r4}};
-        ld.global.b32 {{%r4}}, [%rd3+256]; st.shared.b32 [%r3+256], {{%r4}}; bar.sync 0;
-        and.b32 %r5, %r2, 31; shl.b32 %r5, %r5, 4;
-        {name} {{%r10, %r11, %r12, %r13}}, [%r5];
-        mad.wide.u32 %rd5, %r2, 16, %rd2;
-        st.global.v4.b32 [%rd5], {{%r10, %r11, %r12, %r13}};
-    """
-    out, machine = execute(text, matrices.view(torch.int32).flatten(), size=256)
-    found = out.view(torch.int16).view(THREADS, 4, 2)
-    given = matrices.transpose(1, 2) if transposed else matrices
-    for lane in range(THREADS):
-        for i in range(4):
-            row, column = lane % 32 // 4, 2 * (lane % 4)
-            assert found[lane, i].tolist() == given[i, row, column : column + 2].tolist()
-    assert machine.counts["shared load wavefronts"] == 8, "four matrices, two warps"
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_stmatrix_is_the_way_back(transposed: bool) -> None:
-    end = ".trans.shared.b16" if transposed else ".shared.b16"
-    text = f"""
-        mad.wide.u32 %rd5, %r2, 16, %rd1; ld.global.v4.b32 {{%r10, %r11, %r12, %r13}}, [%rd5];
-        and.b32 %r5, %r2, 32; shl.b32 %r5, %r5, 4; and.b32 %r6, %r2, 31; shl.b32 %r6, %r6, 4;
-        add.s32 %r5, %r5, %r6;
-        stmatrix.sync.aligned.m8n8.x4{end} [%r5], {{%r10, %r11, %r12, %r13}};
-        ldmatrix.sync.aligned.m8n8.x4{end} {{%r20, %r21, %r22, %r23}}, [%r5];
-        mad.wide.u32 %rd5, %r2, 16, %rd2; st.global.v4.b32 [%rd5], {{%r20, %r21, %r22, %r23}};
-    """
-    registers = torch.randint(0, 2**31 - 1, (256,), dtype=torch.int32)
-    out, _ = execute(text, registers, size=256)
-    assert torch.equal(out, registers)
-
-
-@pytest.mark.parametrize("depth", [8, 16])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mma_is_a_product(dtype: torch.dtype, depth: int) -> None:
-    generator = torch.Generator().manual_seed(depth)
-    A = torch.randn(16, depth, generator=generator).to(dtype)
-    B = torch.randn(depth, 8, generator=generator).to(dtype)
-    C = torch.randn(16, 8, generator=generator)
-
-    # As the PTX ISA lays the matrices out: lane 4g + t has rows g and g + 8 of A and C.
-    a, b, c = (torch.zeros(32, n, dtype=torch.int32) for n in (depth // 4, depth // 8, 4))
-    for lane in range(32):
-        g, t = divmod(lane, 4)
-        for i in range(depth // 4):
-            pair = A[g + 8 * (i % 2), 2 * t + 8 * (i // 2) :][:2]
-            a[lane, i] = pair.contiguous().view(torch.int32)
-        for i in range(depth // 8):
-            b[lane, i] = B[2 * t + 8 * i :][:2, g].contiguous().view(torch.int32)
-        for i in range(4):
-            c[lane, i] = C[g + 8 * (i // 2), 2 * t + i % 2].view(torch.int32)
-
-    registers = torch.cat([a, b, c], 1)
-    kind = "bf16" if dtype == torch.bfloat16 else "f16"
-    count = registers.shape[1]
-    names = [f"%r{10 + i}" for i in range(count)]
-    loads = "\n".join(f"ld.global.b32 {{{name}}}, [%rd5+{4 * i}];" for i, name in enumerate(names))
-    operands = [names[: depth // 4], names[depth // 4 : -4], names[-4:]]
-    vectors = ", ".join("{" + ", ".join(part) + "}" for part in operands)
-    text = f"""
-        and.b32 %r5, %r2, 31; mad.wide.u32 %rd5, %r5, {4 * count}, %rd1; {loads}
-        mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32
-            {{%r40, %r41, %r42, %r43}}, {vectors};
-        mad.wide.u32 %rd5, %r2, 16, %rd2;
-        st.global.v4.b32 [%rd5], {{%r40, %r41, %r42, %r43}};
-    """
-    out, _ = execute(text, registers, size=256)
-    found = out.view(torch.float32).view(2, 32, 4)
-
-    D = (A.double() @ B.double() + C.double()).float()
-    for lane in range(32):
-        g, t = divmod(lane, 4)
-        expected = [D[g + 8 * (i // 2), 2 * t + i % 2].item() for i in range(4)]
-        assert found[0, lane].tolist() == expected == found[1, lane].tolist()
 
 
 def test_an_endless_loop_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

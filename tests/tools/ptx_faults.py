@@ -46,8 +46,9 @@ def _further(match: Match) -> str:
 
 def _halve(match: Match) -> str:
     """A loop that ends when its counter has come half as far."""
-    test, predicate, counter, end = match.groups()
-    return f"{{ .reg .b32 t; shl.b32 t, {counter}, 1; setp.{test} {predicate}, t, {end}; }}"
+    test, bits, predicate, counter, end = match.groups()
+    twice = f".reg .b{bits} twice; shl.b{bits} twice, {counter}, 1;"
+    return f"{{ {twice} setp.{test}.s{bits} {predicate}, twice, {end}; }}"
 
 
 FAULTS = [
@@ -104,7 +105,8 @@ FAULTS = [
     ),
     Fault(
         "half of a loop's iterations",
-        r"setp\.(\w+\.s32)\s+(%p\d+),\s*(%r\d+),\s*([^;]+);(?=(?:\s|\.loc[^\n]*)*@%p\d+\s+bra)",
+        r"setp\.(\w+)\.s(32|64)\s+(%p\d+),\s*(%rd?\d+),\s*([^;]+);"
+        r"(?=(?:\s|\.loc[^\n]*)*@%p\d+\s+bra)",
         _halve,
     ),
 ]
