@@ -31,6 +31,7 @@ Dimension letters: M rows of x, I in_features, O out_features; MB is M rounded u
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +39,17 @@ from torch import Tensor
 from ..reference.nf4 import PackedWeight
 from .nf4 import load_scale
 from .permute import byte_planes, level_pairs, load_planes
-from .runtime import PORTABLE, LowRank, launch, tables, term_of, tl, triton
+from .runtime import (
+    PORTABLE,
+    LowRank,
+    Tables,
+    launch,
+    power_of_two,
+    tables,
+    term_of,
+    tl,
+    triton,
+)
 
 # Rows of W in a program: four warps of 16.
 ROWS = tl.constexpr(64)
@@ -168,28 +179,27 @@ def _sum(
     tl.store(y_ptr + m.to(tl.int64) * O + o, acc.to(y_ptr.dtype.element_ty), mask=o < O)
 
 
-def skinny_forward(x: Tensor, w: PackedWeight, bias: Tensor | None, low: LowRank | None) -> Tensor:
-    """Returns x W^T + bias + scale * left right^T, [M, O].
+class Plan(NamedTuple):
+    """How the columns of a product are divided, and what its first kernel is launched with."""
 
-    x is [M, I] with M <= 64, float16 or bfloat16.
-    """
-    M, O = x.shape[0], w.shape[0]
-    partial = _partial_sums(x, w)
-    spans = partial.shape[0]
-
-    y = torch.empty(M, O, dtype=x.dtype, device=x.device)
-    BR = min(64, triton.next_power_of_2(low.left.shape[1])) if low else 1
-    grid = (-(-O // 128), M)
-    launch(_sum, grid, partial, bias, term_of(low), y, M, O, spans, BO=128, BR=BR, num_warps=4)
-    return y
+    programs: tuple[int, int]
+    tables: Tables
+    sizes: tuple[int, ...]
+    settings: dict[str, Any]
 
 
-def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
-    """Returns the sums over each span of columns, float32 [spans, M, O]."""
-    M, I = x.shape
-    O = w.shape[0]
-
-    capability = capability_of(x.device)
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    M: int,
+    O: int,
+    I: int,
+    block_size: int,
+    quant_type: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Plan:
+    """Returns the plan of all products of these sizes, made once: it takes as long as one."""
+    capability = capability_of(device)
     MB = height(M, capability)
 
     # Blocks that are multiplied in an iteration, while those of the next two are under way. Four of
@@ -202,16 +212,45 @@ def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
     span = -(-steps // blocks // -(-PROGRAMS // tiles)) * blocks
     spans = -(-steps // span)
 
-    partial = torch.empty(spans, M, O, dtype=torch.float32, device=x.device)
-    looked_up = tables(x.device, w.quant_type, x.dtype)
+    looked_up = tables(device, quant_type, dtype)
     if not PORTABLE:
-        looked_up = looked_up._replace(levels=byte_planes(x.device, w.quant_type, x.dtype))
+        looked_up = looked_up._replace(levels=byte_planes(device, quant_type, dtype))
+    settings = {
+        "BLOCK": block_size,
+        "MB": MB,
+        "BLOCKS": blocks,
+        "PIECE": piece(capability),
+        "PTX": not PORTABLE,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
+    return Plan((tiles, spans), looked_up, (M, O, I // 8, I // block_size, span), settings)
 
-    sizes = M, O, I // 8, I // w.block_size, span, x.stride(0)
+
+def skinny_forward(x: Tensor, w: PackedWeight, bias: Tensor | None, low: LowRank | None) -> Tensor:
+    """Returns x W^T + bias + scale * left right^T, [M, O].
+
+    x is [M, I] with M <= 64, float16 or bfloat16.
+    """
+    M, O = x.shape[0], w.shape[0]
+    partial = _partial_sums(x, w)
+    spans = partial.shape[0]
+
+    y = torch.empty(M, O, dtype=x.dtype, device=x.device)
+    BR = min(64, power_of_two(low.left.shape[1])) if low else 1
+    grid = (-(-O // 128), M)
+    launch(_sum, grid, partial, bias, term_of(low), y, M, O, spans, BO=128, BR=BR, num_warps=4)
+    return y
+
+
+def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
+    """Returns the sums over each span of columns, float32 [spans, M, O]."""
+    (M, I), O, device = x.shape, w.shape[0], x.device
+    plan = _plan(M, O, I, w.block_size, w.quant_type, x.dtype, device)
+    partial = torch.empty(plan.programs[1], M, O, dtype=torch.float32, device=device)
     launch(
-        _partial, (tiles, spans), x, w.tensors, looked_up, partial, *sizes,
-        BLOCK=w.block_size, MB=MB, BLOCKS=blocks, PIECE=piece(capability), PTX=not PORTABLE,
-        num_warps=4, enable_fp_fusion=True,
+        _partial, plan.programs, x, w.tensors, plan.tables, partial, *plan.sizes, x.stride(0),
+        **plan.settings,
     )  # fmt: skip
     return partial
 
@@ -225,7 +264,7 @@ def height(M: int, capability: tuple[int, int] | None) -> int:
         >>> height(3, (8, 0)), height(3, (9, 0)), height(33, (9, 0))
         (8, 16, 64)
     """
-    return max(16 if is_hopper(capability) else 8, triton.next_power_of_2(M))
+    return max(16 if is_hopper(capability) else 8, power_of_two(M))
 
 
 def piece(capability: tuple[int, int] | None) -> int:
