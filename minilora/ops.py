@@ -165,7 +165,7 @@ def _undispatched(name: str, dispatched: Callable[..., Tensor]) -> Callable[...,
     def call(x: Tensor, *rest: Any) -> Tensor:
         direct = cpu_kernel if x.is_cpu else gpu_kernel if x.is_cuda else dispatched
         kernel = dispatched if type(x) is not Tensor or _is_watched() else direct
-        return kernel(x, *rest)  # type: ignore[no-any-return]
+        return kernel(x, *rest)
 
     return call
 

@@ -131,17 +131,19 @@ def _checked_term(low: LowRank | None, x: Tensor, N: int) -> LowRank | None:
     left = low.left
     if left.ndim != 2 or not left.is_contiguous():
         left = left.reshape(-1, left.shape[-1]).contiguous()
-    right, r = low.right, left.shape[1]
-    _check_factor("left", left, (x.shape[0], r), x)
-    _check_factor("right", right, (N, r), x)
+    right, device = low.right, x.device
+    fits = left.shape[0] == x.shape[0] and right.shape == (N, left.shape[1])
+    same_dtype = left.dtype == right.dtype == x.dtype
+    if not (fits and same_dtype and left.device == device and right.device == device):
+        _check_factor("left", left, (x.shape[0], left.shape[1]), x)
+        _check_factor("right", right, (N, left.shape[1]), x)
     return low if left is low.left else LowRank(left, right, low.scale)
 
 
 def _check_factor(factor: str, t: Tensor, shape: tuple[int, int], x: Tensor) -> None:
-    if t.shape == shape and t.dtype == x.dtype and t.device == x.device:
-        return
     check(f"the low-rank term's {factor} factor", t, (x.dtype,), x.device)
-    raise ValueError(f"the low-rank term's {factor} factor is {tuple(t.shape)}, not {shape}")
+    if t.shape != shape:
+        raise ValueError(f"the low-rank term's {factor} factor is {tuple(t.shape)}, not {shape}")
 
 
 def _checked_bias(bias: Tensor | None, x: Tensor, w: PackedWeight) -> Tensor | None:

@@ -98,9 +98,9 @@ def store(card: str, tables: Tables) -> Path:
         ValueError: a table is not sound.
         OSError: the cache folder cannot be written.
 
-    Example:
-        >>> lines = [{"rows": 32, "path": "skinny"}, {"path": "dense"}]
-        >>> store(card, {(4096, 4096): {"forward": lines, "backward": [{"path": "dense"}]}})
+    With lines = [{"rows": 32, "path": "skinny"}, {"path": "dense"}] it is called as
+
+        store(card, {(4096, 4096): {"forward": lines, "backward": [{"path": "dense"}]}})
     """
     for table in tables.values():
         for direction in DIRECTIONS:

@@ -191,3 +191,20 @@ def test_two_streams_at_once_do_not_disturb_each_other(dtype: torch.dtype) -> No
                         into.append(operator(*args))
             torch.cuda.synchronize()
             assert all(torch.equal(y, expected) for into in found for y in into)
+
+
+@ROWS
+@torch.no_grad()
+def test_a_captured_layer_follows_its_input(M: int) -> None:
+    """What generation replays for each token: the same kernels on whatever x holds."""
+    dense = nn.Linear(256, 192).to(DEVICE, torch.bfloat16)
+    layer = minilora.QLoRALinear(minilora.NF4Linear.from_linear(dense), r=4).to(DEVICE).eval()
+    x = gaussian(M, 256, dtype=torch.bfloat16)
+    layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = layer(x)
+
+    x.copy_(gaussian(M, 256, dtype=torch.bfloat16, seed=1))
+    graph.replay()
+    assert torch.equal(found, layer(x))
