@@ -37,6 +37,7 @@ Dimension letters: M rows of x, I in_features, O out_features; MB is M rounded u
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +45,17 @@ from torch import Tensor
 from ..reference.nf4 import PackedWeight
 from .nf4 import load_scale
 from .permute import byte_planes, level_pairs, load_planes
-from .runtime import PORTABLE, LowRank, launch, tables, term_of, tl, triton
+from .runtime import (
+    PORTABLE,
+    LowRank,
+    Tables,
+    launch,
+    power_of_two,
+    tables,
+    term_of,
+    tl,
+    triton,
+)
 
 # Rows of W in a program: four warps of 16.
 ROWS = tl.constexpr(64)
@@ -184,7 +195,7 @@ def skinny_forward(x: Tensor, w: PackedWeight, bias: Tensor | None, low: LowRank
     spans = partial.shape[0]
 
     y = torch.empty(M, O, dtype=x.dtype, device=x.device)
-    BR = min(64, triton.next_power_of_2(low.left.shape[1])) if low else 1
+    BR = min(64, power_of_two(low.left.shape[1])) if low else 1
     grid = (-(-O // 128), M)
     launch(_sum, grid, partial, bias, term_of(low), y, M, O, spans, BO=128, BR=BR, num_warps=4)
     return y
@@ -192,10 +203,37 @@ def skinny_forward(x: Tensor, w: PackedWeight, bias: Tensor | None, low: LowRank
 
 def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
     """Returns the sums over each span of columns, float32 [spans, M, O]."""
-    M, I = x.shape
-    O = w.shape[0]
+    (M, I), O, device = x.shape, w.shape[0], x.device
+    plan = _plan(M, O, I, w.block_size, w.quant_type, x.dtype, device)
+    partial = torch.empty(plan.programs[1], M, O, dtype=torch.float32, device=device)
+    launch(
+        _partial, plan.programs, x, w.tensors, plan.tables, partial, *plan.sizes, x.stride(0),
+        **plan.settings,
+    )  # fmt: skip
+    return partial
 
-    capability = capability_of(x.device)
+
+class Plan(NamedTuple):
+    """How the columns of a product are divided, and what its first kernel is launched with."""
+
+    programs: tuple[int, int]
+    tables: Tables
+    sizes: tuple[int, ...]
+    settings: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    M: int,
+    O: int,
+    I: int,
+    block_size: int,
+    quant_type: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Plan:
+    """Returns the plan of all products of these sizes, made once: it takes as long as one."""
+    capability = capability_of(device)
     MB = height(M, capability)
 
     # Blocks multiplied in an iteration, while those of the next are under way. With 64 rows
@@ -210,22 +248,23 @@ def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
     span = -(-iterations // spans) * blocks
     spans = -(-steps // span)
 
-    partial = torch.empty(spans, M, O, dtype=torch.float32, device=x.device)
-    looked_up = tables(x.device, w.quant_type, x.dtype)
+    looked_up = tables(device, quant_type, dtype)
     if not PORTABLE:
-        looked_up = looked_up._replace(levels=byte_planes(x.device, w.quant_type, x.dtype))
-
-    # Registers of four programs on a processor. Left alone, NVIDIA's assembler aims at more and
-    # spills for it; with more rows of x it does not.
-    registers = {"maxnreg": 128} if MB <= 16 and not PORTABLE else {}
-
-    sizes = M, O, I // 8, I // w.block_size, span, x.stride(0)
-    launch(
-        _partial, (tiles, spans), x, w.tensors, looked_up, partial, *sizes,
-        BLOCK=w.block_size, MB=MB, BLOCKS=blocks, KWIDTH=k_width(capability), PTX=not PORTABLE,
-        num_warps=4, enable_fp_fusion=True, **registers,
-    )  # fmt: skip
-    return partial
+        looked_up = looked_up._replace(levels=byte_planes(device, quant_type, dtype))
+    settings = {
+        "BLOCK": block_size,
+        "MB": MB,
+        "BLOCKS": blocks,
+        "KWIDTH": k_width(capability),
+        "PTX": not PORTABLE,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
+    if MB <= 16 and not PORTABLE:
+        # Registers of four programs on a processor. Left alone, NVIDIA's assembler aims at more
+        # and spills for it; with more rows of x it does not.
+        settings["maxnreg"] = 128
+    return Plan((tiles, spans), looked_up, (M, O, I // 8, I // block_size, span), settings)
 
 
 def height(M: int, capability: tuple[int, int] | None) -> int:
@@ -237,7 +276,7 @@ def height(M: int, capability: tuple[int, int] | None) -> int:
         >>> height(3, (8, 0)), height(3, (9, 0)), height(33, (9, 0))
         (8, 16, 64)
     """
-    return max(16 if is_hopper(capability) else 8, triton.next_power_of_2(M))
+    return max(16 if is_hopper(capability) else 8, power_of_two(M))
 
 
 def k_width(capability: tuple[int, int] | None) -> int:
