@@ -5,7 +5,8 @@
 compiles tiles, counts the instructions of their loops and the bytes that they move, and prints for
 each shape and number of rows the shortest time that any tile could take beside the shortest that
 the dense path could. Both are lower bounds: nothing waits for memory or for a barrier. A tile is
-worth trying where its bound is the lower one; whether it wins, only a card can tell.
+worth trying where its bound is the lower one; whether it wins, only a card can tell. A loop that
+waits may take twice its bound, so a line of choices.json asks for half the dense path's.
 
 A streaming multiprocessor issues four instructions of 32 lanes per clock; the arithmetic of
 integers, shifts, permutes and conversions runs at half that rate (CUDA C++ Programming Guide,
