@@ -31,9 +31,7 @@ UNSEEN = {
     "iteration beyond the last, which is not read",
     "a load one element further": "a neighbouring absmax in the table of 8-bit codes differs by "
     "less than the bound",
-    "a copy 4 bytes further": "the copy is for an iteration beyond the last, which is not read",
     "a store one element further": "the store is masked off in all threads",
-    "two registers of mma's B exchanged": "the result is of rows below the last",
 }
 
 
