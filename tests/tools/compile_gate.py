@@ -103,7 +103,8 @@ def sample(target: str) -> list[Launch]:
             found[launch.kernel.__name__].append(launch)
 
     of_skinny, *of_tiles = found.values()
-    return [of_skinny[0], of_skinny[-1], *(tiles[-1] for tiles in of_tiles if tiles)]
+    ends = [of_skinny[0], *of_skinny[1:][-1:]]
+    return [*ends, *(tiles[-1] for tiles in of_tiles if tiles)]
 
 
 def leaves(value: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
