@@ -260,9 +260,11 @@ def _plan(
         "num_warps": 4,
         "enable_fp_fusion": True,
     }
-    if MB <= 16 and not PORTABLE:
+    has_tensor_cores = capability is None or capability >= (8, 0)
+    if MB <= 16 and has_tensor_cores and not PORTABLE:
         # Registers of four programs on a processor. Left alone, NVIDIA's assembler aims at more
-        # and spills for it; with more rows of x it does not.
+        # and spills for it. With more rows of x it does not; nor for compute capability 7, where
+        # Triton multiplies without tensor cores and needs more registers.
         settings["maxnreg"] = 128
     return Plan((tiles, spans), looked_up, (M, O, I // 8, I // block_size, span), settings)
 

@@ -105,9 +105,11 @@ def rules_of_loops(row: dict[str, Any], target: str) -> dict[str, bool]:
         return {"a tile without tensor cores": not is_tile}
 
     if is_tile or row["kernel"] == "_partial":
-        # A wait for everything that was started: nothing is loaded while the loop computes.
-        rules["waits for all of its copies"] = bool(row["in_flight"])
-        rules["loads its words one step at a time"] = row["buffers"] >= 2
+        # A wait for everything that was started: nothing is loaded while the loop computes. Two
+        # stages, for a card with too little shared memory, have no buffer to load into meanwhile.
+        has_buffers = row["meta"].get("num_stages", 3) > 2
+        rules["waits for all of its copies"] = bool(row["in_flight"]) or not has_buffers
+        rules["loads its words one step at a time"] = row["buffers"] >= 2 or not has_buffers
 
         # A table that is looked up by copies takes one of 4 bytes per weight; words that are not
         # seen to be aligned take one per 8 weights, absmax and its two parts one per 64.

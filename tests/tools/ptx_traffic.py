@@ -11,6 +11,7 @@ of its own, without TRITON_INTERPRET.
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,24 +28,24 @@ from minilora.kernels.reference.nf4 import PackedWeight
 
 BUDGET = Path(__file__).with_name("traffic_budget.json")
 
-# Large enough for every tile, and for a loop that is longer than its pipeline.
-O, I = 128, 1024
+# Large enough for every tile; what a product sums over is long, so that its loop outweighs the rest.
+FORWARD, BACKWARD = (128, 1024), (1024, 128)
 SKINNY_ROWS = (1, 9, 32, 64)
 
 Row = dict[str, float]
 
 
-def weight() -> PackedWeight:
-    """Returns a random weight [O, I] with double quantization."""
+def weight(shape: tuple[int, int]) -> PackedWeight:
+    """Returns a random weight with double quantization."""
     generator = torch.Generator().manual_seed(0)
-    packed, absmax = reference.quantize(torch.randn(O, I, generator=generator), 64)
-    return PackedWeight(packed, *reference.double_quantize(absmax), (O, I), 64)
+    packed, absmax = reference.quantize(torch.randn(shape, generator=generator), 64)
+    return PackedWeight(packed, *reference.double_quantize(absmax), shape, 64)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """(name, call) of one product for every line of the tables of choices, and of dequantizing."""
-    w = weight()
-    for direction in ("forward", "backward"):
+    for direction, shape in (("forward", FORWARD), ("backward", BACKWARD)):
+        w = weight(shape)
         for line in choose.lines(direction):
             if line["path"] == "tile":
                 sides = "x".join(str(line[side]) for side in ("BM", "BO", "BI"))
@@ -52,16 +53,17 @@ def cases() -> Iterator[tuple[str, Callable[[], Tensor]]]:
                 yield name, _product(direction, line, line["BM"], w)
             elif line["path"] == "skinny":
                 for M in SKINNY_ROWS:
-                    if choose.takes(line, M, I, w.block_size):
+                    if choose.takes(line, M, shape[1], w.block_size):
                         yield f"{direction} skinny M={M}", _product(direction, line, M, w)
 
+    w = weight(FORWARD)
     for dtype in (torch.bfloat16, torch.float32):
         kind = str(dtype).removeprefix("torch.")
         yield f"dequantize to {kind}", functools.partial(nf4.dequantize, w, dtype)
 
 
 def _product(direction: str, line: dict[str, Any], M: int, w: PackedWeight) -> Callable[[], Tensor]:
-    x = torch.ones(M, I if direction == "forward" else O, dtype=torch.bfloat16)
+    x = torch.ones(M, w.shape[1 if direction == "forward" else 0], dtype=torch.bfloat16)
     if direction == "forward":
         return lambda: matmul.forward(x, w, None, None, line)
     return lambda: matmul.backward(x, w, None, line)
@@ -70,7 +72,7 @@ def _product(direction: str, line: dict[str, Any], M: int, w: PackedWeight) -> C
 def per_32_weights(launch: Executed) -> Row:
     """What a launch that decodes the weight once moves for 32 of its weights."""
     counts = launch.counts
-    share = 32 / (O * I)
+    share = 32 / math.prod(FORWARD)
     wavefronts = sum(n for name, n in counts.items() if name.startswith("shared "))
     sectors = counts["global load sectors"] + counts["global store sectors"]
     instructions = sum(n for name, n in counts.items() if " " not in name)
@@ -126,7 +128,7 @@ def main() -> None:
         BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
     else:
         columns = list(next(iter(found.values())))
-        print(f"triton {triton.__version__}, sm_80, for 32 weights of {O} x {I}")
+        print(f"triton {triton.__version__}, sm_80, for 32 weights")
         print(f"{'':36}" + "".join(f"{column:>20}" for column in columns))
         for name, row in found.items():
             print(f"{name:36}" + "".join(f"{row[column]:20.2f}" for column in columns))
