@@ -60,9 +60,9 @@ test-site: .venv/docs
 	$(BIN)/pytest -q -m site tests/project
 
 test-gpu: .venv/dev
-	TRITON_INTERPRET=0 $(BIN)/pytest -q tests/kernels/test_gpu_nf4.py tests/kernels/test_gpu_matmul.py tests/kernels/test_gpu_card.py tests/optim/test_paging_gpu.py
+	TRITON_INTERPRET=0 $(BIN)/pytest -q tests/kernels/test_gpu_nf4.py tests/kernels/test_gpu_matmul.py tests/kernels/test_gpu_skinny.py tests/kernels/test_gpu_card.py tests/optim/test_paging_gpu.py
 
-TRITON_TESTS := tests/kernels/test_interpreter.py tests/kernels/test_gpu_nf4.py tests/kernels/test_gpu_matmul.py tests/kernels/test_compile_gate.py
+TRITON_TESTS := $(addprefix tests/kernels/test_,interpreter.py gpu_nf4.py gpu_matmul.py gpu_skinny.py gpu_block_table.py gpu_host.py emulated_kernels.py compile_gate.py)
 test-triton-matrix: .venv/dev
 	@for version in triton==3.6.0 triton; do \
 	  rm -rf .venv/other-triton ; \

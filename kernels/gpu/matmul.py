@@ -2,12 +2,12 @@ r"""The products with a 4-bit weight on a GPU, with Triton: the functions of ref
 
     y = x W^T + bias    [M, O]        dx = dy W    [M, I]        W [O, I] stays packed
 
-There are three paths, and `choose.py` says which for how many rows of x:
+There are three paths, and `choose.py` says which for how many rows of x, and on which GPU:
 
-* **skinny**, M <= 16 (decoding): the time is that of reading W's packed bytes. See `skinny.py`.
-* **tile**, some tens to hundreds of rows: W is dequantized tile by tile on its way into the
-  product. See `tile.py`.
-* **dense**, more rows: W is dequantized once into a scratch and cuBLAS multiplies. See `dense.py`.
+* **skinny**, M <= 64 (decoding): the time is that of reading W's packed bytes. See `skinny.py`.
+* **tile**, up to some hundreds of rows: W is dequantized tile by tile on its way into the product.
+  See `tile.py`.
+* **dense**, all else: W is dequantized once into a scratch and cuBLAS multiplies. See `dense.py`.
 
 A low-rank term s z B^T is added in the same pass over y where that pays (see `lora.py`).
 

@@ -39,6 +39,7 @@ LIMIT = 9 * 60
 GPU_TESTS = (
     "tests/kernels/test_gpu_nf4.py",
     "tests/kernels/test_gpu_matmul.py",
+    "tests/kernels/test_gpu_skinny.py",
     "tests/kernels/test_gpu_card.py",
     "tests/optim/test_paging_gpu.py",
 )

@@ -28,7 +28,7 @@ from minilora.kernels.reference.nf4 import PackedWeight
 
 BUDGET = Path(__file__).with_name("traffic_budget.json")
 
-# Large enough for every tile; what a product sums over is long, so that its loop outweighs the rest.
+# Large enough for every tile; the sums are long, so that a loop outweighs what surrounds it.
 FORWARD, BACKWARD = (128, 1024), (1024, 128)
 SKINNY_ROWS = (1, 9, 32, 64)
 
