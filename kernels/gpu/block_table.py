@@ -68,10 +68,11 @@ def _four(a, b, c, d):
 
 
 @triton.jit
-def decode_with_table(word, absmax, DTYPE: tl.constexpr, PTX: tl.constexpr):
+def decode_with_table(word, absmax, DTYPE: tl.constexpr, PTX: tl.constexpr, OPAQUE: tl.constexpr):
     """The weights of words [R, C], one absmax for each four: absmax [R, C / 4] -> [R, 8 C].
 
     PTX: what `table_ptx` returns for DTYPE.
+    OPAQUE: hide from Triton how W was put together, for the sake of `mma.sync`.
     """
     ROWS: tl.constexpr = word.shape[0]
     WORDS: tl.constexpr = word.shape[1]
@@ -94,9 +95,11 @@ def decode_with_table(word, absmax, DTYPE: tl.constexpr, PTX: tl.constexpr):
     high = (pairs >> 16).to(tl.int16)
     W = tl.reshape(tl.join(low, high), (ROWS, 8 * WORDS)).to(DTYPE, bitcast=True)
 
-    # Does nothing, but Triton cannot look through it. It would find the joins and for their sake
-    # have mma.sync take four neighbours of a row from each thread (kWidth 4), at the price of
-    # several moves per instruction.
-    return tl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [W], dtype=W.dtype, is_pure=False, pack=2
-    )
+    if OPAQUE:
+        # Does nothing, but Triton cannot look through it. It would find the joins and for their
+        # sake have mma.sync take four neighbours of a row from each thread (kWidth 4), at the price
+        # of several moves per instruction.
+        W = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [W], dtype=W.dtype, is_pure=False, pack=2
+        )
+    return W

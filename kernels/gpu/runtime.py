@@ -60,6 +60,14 @@ _BLOCK_SIZES = [2**k for k in range(5, 13)]
 _checked: "weakref.WeakKeyDictionary[Any, PackedWeight]" = weakref.WeakKeyDictionary()
 
 
+@functools.cache
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Returns the compute capability of an NVIDIA GPU, None for another device."""
+    if PORTABLE or device.type != "cuda":
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
 class LowRank(NamedTuple):
     """The term scale * left right^T of a product, both factors in the dtype of x.
 

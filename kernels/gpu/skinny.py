@@ -43,6 +43,7 @@ import torch
 from torch import Tensor
 
 from ..reference.nf4 import PackedWeight
+from . import runtime
 from .nf4 import load_scale
 from .permute import byte_planes, level_pairs, load_planes
 from .runtime import (
@@ -204,7 +205,8 @@ def skinny_forward(x: Tensor, w: PackedWeight, bias: Tensor | None, low: LowRank
 def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
     """Returns the sums over each span of columns, float32 [spans, M, O]."""
     (M, I), O, device = x.shape, w.shape[0], x.device
-    plan = _plan(M, O, I, w.block_size, w.quant_type, x.dtype, device)
+    capability = runtime.capability_of(device)
+    plan = _plan(M, O, I, w.block_size, w.quant_type, x.dtype, device, capability)
     partial = torch.empty(plan.programs[1], M, O, dtype=torch.float32, device=device)
     launch(
         _partial, plan.programs, x, w.tensors, plan.tables, partial, *plan.sizes, x.stride(0),
@@ -231,9 +233,9 @@ def _plan(
     quant_type: str,
     dtype: torch.dtype,
     device: torch.device,
+    capability: tuple[int, int] | None,
 ) -> Plan:
     """Returns the plan of all products of these sizes, made once: it takes as long as one."""
-    capability = capability_of(device)
     MB = height(M, capability)
 
     # Blocks multiplied in an iteration, while those of the next are under way. With 64 rows
@@ -297,11 +299,3 @@ def k_width(capability: tuple[int, int] | None) -> int:
 def is_hopper(capability: tuple[int, int] | None) -> bool:
     """Whether Triton multiplies with `wgmma`, which compute capability 9 alone has."""
     return capability is not None and capability[0] == 9
-
-
-@functools.cache
-def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """Returns the compute capability of an NVIDIA GPU, None for another device."""
-    if PORTABLE or device.type != "cuda":
-        return None
-    return torch.cuda.get_device_capability(device)

@@ -36,7 +36,7 @@ from .runtime import LowRank, launch, tables, term_of, tl, triton
 def _forward(
     x_ptr, weight, tables, bias_ptr, term, y_ptr, M, O, I, stride,
     BLOCK: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr, OPAQUE: tl.constexpr,
 ):  # fmt: skip
     """y[tile] = scale * left right^T + x W^T + bias, one tile [BM, BO] per program."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -49,7 +49,7 @@ def _forward(
     for k in range(0, I, BI):
         x = tl.load(xs + k, mask=(m < M)[:, None], other=0.0)
         word = _load_words(o, k, weight, O, I, BI)
-        W = _decode_tile(word, absmax, tables, dtype, PTX)
+        W = _decode_tile(word, absmax, tables, dtype, PTX, OPAQUE)
         acc = tl.dot(x, tl.trans(W), acc)
 
         # The next tile's. What the one after it needs is on its way (or the last one's again).
@@ -66,7 +66,7 @@ def _forward(
 def _backward(
     dy_ptr, weight, tables, term, dx_ptr, M, O, I, stride,
     BLOCK: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr, OPAQUE: tl.constexpr,
 ):  # fmt: skip
     """dx[tile] = scale * left right^T + dy W, one tile [BM, BI] per program."""
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
@@ -81,7 +81,7 @@ def _backward(
         dys = dy_ptr + m.to(tl.int64)[:, None] * stride + o[None, :]
         dy = tl.load(dys, mask=(m < M)[:, None] & (o < O)[None, :], other=0.0)
         word = _load_words(o, first, weight, O, I, BI)
-        W = _decode_tile(word, absmax, tables, dtype, PTX)
+        W = _decode_tile(word, absmax, tables, dtype, PTX, OPAQUE)
         acc = tl.dot(dy, W, acc)
 
         # As in `_forward`.
@@ -116,7 +116,9 @@ def _load_stored(o, first, weight, O, I, BLOCK: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
-def _decode_tile(word, absmax, tables, DTYPE: tl.constexpr, PTX: tl.constexpr):
+def _decode_tile(
+    word, absmax, tables, DTYPE: tl.constexpr, PTX: tl.constexpr, OPAQUE: tl.constexpr
+):
     """The weights of words [R, C] in DTYPE, rounded once: absmax [R] or [R, blocks] -> [R, 8 C]."""
     ROWS: tl.constexpr = word.shape[0]
     WORDS: tl.constexpr = word.shape[1]
@@ -128,7 +130,7 @@ def _decode_tile(word, absmax, tables, DTYPE: tl.constexpr, PTX: tl.constexpr):
         # One absmax for every four words.
         REPEATS: tl.constexpr = WORDS // 4 // BLOCKS
         each = tl.broadcast_to(absmax[:, :, None], (ROWS, BLOCKS, REPEATS))
-        return decode_with_table(word, tl.reshape(each, (ROWS, WORDS // 4)), DTYPE, PTX)
+        return decode_with_table(word, tl.reshape(each, (ROWS, WORDS // 4)), DTYPE, PTX, OPAQUE)
     else:  # noqa: RET505 - as above
         word = tl.reshape(word, (ROWS, BLOCKS, WORDS // BLOCKS))
         W = tl.reshape(decode(word, absmax[:, :, None], tables.levels), (ROWS, 8 * WORDS))
@@ -193,7 +195,7 @@ def tile_forward(
     grid = (triton.cdiv(M, choice["BM"]) * triton.cdiv(O, choice["BO"]),)
     looked_up = tables(x.device, w.quant_type)
     arguments = x, w.tensors, looked_up, bias, term_of(low), y, M, O, I, x.stride(0)
-    launch(_forward, grid, *arguments, **_settings(x.dtype, w, low, choice))
+    launch(_forward, grid, *arguments, **_settings(x, w, low, choice))
     return y
 
 
@@ -207,8 +209,14 @@ def tile_backward(
     grid = (triton.cdiv(M, choice["BM"]) * triton.cdiv(I, choice["BI"]),)
     looked_up = tables(dy.device, w.quant_type)
     arguments = dy, w.tensors, looked_up, term_of(low), dx, M, O, I, dy.stride(0)
-    launch(_backward, grid, *arguments, **_settings(dy.dtype, w, low, choice))
+    launch(_backward, grid, *arguments, **_settings(dy, w, low, choice))
     return dx
+
+
+def _is_blackwell(capability: tuple[int, int] | None) -> bool:
+    # Compute capability 10 multiplies with tcgen05, where nothing is to be hidden; and triton 3.6
+    # cannot pipeline what it must not repeat.
+    return capability is not None and capability[0] == 10
 
 
 def _has_ptx() -> bool:
@@ -217,7 +225,7 @@ def _has_ptx() -> bool:
 
 
 def _settings(
-    dtype: torch.dtype, w: PackedWeight, low: LowRank | None, choice: dict[str, Any]
+    x: Tensor, w: PackedWeight, low: LowRank | None, choice: dict[str, Any]
 ) -> dict[str, Any]:
     # A tensor core takes 16 columns at least.
     BR = min(64, max(16, triton.next_power_of_2(low.left.shape[1]))) if low else 0
@@ -225,7 +233,8 @@ def _settings(
     settings = {
         "BLOCK": w.block_size,
         "BR": BR,
-        "PTX": table_ptx(w.quant_type, dtype) if _has_ptx() else None,
+        "PTX": table_ptx(w.quant_type, x.dtype) if _has_ptx() else None,
+        "OPAQUE": not _is_blackwell(runtime.capability_of(x.device)),
         "BM": choice["BM"],
         "BO": choice["BO"],
         "BI": choice["BI"],

@@ -10,7 +10,7 @@ from helpers import gaussian
 from torch import Tensor
 from weights import packed_weight
 
-from minilora.kernels.gpu import matmul, skinny
+from minilora.kernels.gpu import matmul, runtime, skinny
 from minilora.kernels.gpu.runtime import LowRank, tl, triton
 from minilora.kernels.reference import nf4 as reference
 from minilora.kernels.reference.nf4 import PackedWeight
@@ -123,7 +123,7 @@ def test_up_to_64_rows_and_odd_numbers_of_blocks_are_within_rounding_of_float64(
     double: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(skinny, "capability_of", lambda device: capability)
+    monkeypatch.setattr(runtime, "capability_of", lambda device: capability)
     w = packed_weight(0.1 * gaussian(O, I), 64, double)
     x, bias = gaussian(M, I, dtype=dtype), gaussian(O, dtype=dtype)
     low = LowRank(gaussian(M, 5, dtype=dtype, seed=1), gaussian(O, 5, dtype=dtype, seed=2), 0.75)
@@ -139,7 +139,7 @@ def test_both_orders_give_the_sums_of_the_same_columns(monkeypatch: pytest.Monke
     w, x = packed_weight(0.1 * gaussian(65, 64), 64, True), torch.eye(64).bfloat16()
     W = reference.dequantize(w, torch.float32)
     for capability in ((8, 0), (9, 0)):
-        monkeypatch.setattr(skinny, "capability_of", lambda device, c=capability: c)
+        monkeypatch.setattr(runtime, "capability_of", lambda device, c=capability: c)
         found = product(x, w).T.float()
         assert torch.equal(found == 0, W == 0)
         assert ((found - W).abs() <= 2 * 2**-8 * W.abs()).all()
@@ -150,7 +150,7 @@ def test_rows_of_x_at_any_distance(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Copied several at a time only where every row begins at a multiple of 16.
-    monkeypatch.setattr(skinny, "capability_of", lambda device: capability)
+    monkeypatch.setattr(runtime, "capability_of", lambda device: capability)
     w, x = packed_weight(0.1 * gaussian(65, 192), 64, True), gaussian(33, 192).bfloat16()
     expected = product(x, w)
     for gap in (1, 2, 16):

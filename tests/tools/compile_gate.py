@@ -78,7 +78,7 @@ def launches(target: str) -> Iterator[Launch]:
     portable = target.startswith("gfx")
     runtime.INTERPRETED = True
     runtime.PORTABLE = skinny.PORTABLE = portable
-    skinny.capability_of = lambda device: capability(target)
+    runtime.capability_of = lambda device: capability(target)
     nf4._WORDS = nf4._WARPS * (64 if portable else 32)
 
     seen = set()
