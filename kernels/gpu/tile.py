@@ -213,10 +213,9 @@ def tile_backward(
     return dx
 
 
-def _is_blackwell(capability: tuple[int, int] | None) -> bool:
-    # Compute capability 10 multiplies with tcgen05, where nothing is to be hidden; and triton 3.6
-    # cannot pipeline what it must not repeat.
-    return capability is not None and capability[0] == 10
+def _has_tcgen05(capability: tuple[int, int] | None) -> bool:
+    # Nothing is to be hidden from it; and triton 3.6 cannot pipeline what it must not repeat.
+    return capability is not None and capability[0] in (10, 11)
 
 
 def _has_ptx() -> bool:
@@ -234,7 +233,7 @@ def _settings(
         "BLOCK": w.block_size,
         "BR": BR,
         "PTX": table_ptx(w.quant_type, x.dtype) if _has_ptx() else None,
-        "OPAQUE": not _is_blackwell(runtime.capability_of(x.device)),
+        "OPAQUE": not _has_tcgen05(runtime.capability_of(x.device)),
         "BM": choice["BM"],
         "BO": choice["BO"],
         "BI": choice["BI"],

@@ -95,7 +95,7 @@ def test_a_gpu_belongs_to_the_newest_generation_that_is_no_newer(
 def test_a_device_has_the_table_of_its_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A card that nobody tuned")
-    for capability, most in (((7, 5), 8), ((8, 0), 64), ((12, 0), 64)):
+    for capability, most in (((7, 5), 8), ((8, 0), 64), ((12, 0), 32)):
         choose.forget()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert choose.choose("forward", most, 4096, 4096, 64, cuda)["path"] == "skinny"
