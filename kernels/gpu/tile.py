@@ -10,8 +10,9 @@ What the compiler makes of the loops (NVIDIA):
 * Packed words and x are copied to shared memory in the background, some tiles ahead (`stages`).
   Triton does so with every load that a product depends on, one load behind the other; so a table in
   memory would take the buffers from the words. On NVIDIA there is none: see `block_table.py`.
-* An absmax is a code of one byte, which cannot be copied like that, then a look-up. So codes are
-  loaded into registers two tiles ahead, and looked up one tile ahead, while a tile is multiplied.
+* With double quantization an absmax is a code of one byte, which cannot be copied like that, then a
+  look-up. So codes are loaded into registers two tiles ahead, and looked up one tile ahead, while a
+  tile is multiplied.
 * A thread decodes 32 weights at a time, in registers, and writes them to shared memory: W is the
   second factor of y = x W^T, which wgmma takes from nowhere else, and which every warp needs whole
   or in part. (The skinny path, y^T = W x^T, does without.)
@@ -49,6 +50,9 @@ def _forward(
     for k in range(0, I, BI):
         x = tl.load(xs + k, mask=(m < M)[:, None], other=0.0)
         word = _load_words(o, k, weight, O, I, BI)
+        if weight.absmax2 is None:
+            # Stored as float32, it is copied in the background as words and x are.
+            absmax, scales = _load_stored(o, k, weight, O, I, BLOCK, BI)
         W = _decode_tile(word, absmax, tables, dtype, PTX, OPAQUE)
         acc = tl.dot(x, tl.trans(W), acc)
 
@@ -81,6 +85,8 @@ def _backward(
         dys = dy_ptr + m.to(tl.int64)[:, None] * stride + o[None, :]
         dy = tl.load(dys, mask=(m < M)[:, None] & (o < O)[None, :], other=0.0)
         word = _load_words(o, first, weight, O, I, BI)
+        if weight.absmax2 is None:
+            absmax, scales = _load_stored(o, first, weight, O, I, BLOCK, BI)
         W = _decode_tile(word, absmax, tables, dtype, PTX, OPAQUE)
         acc = tl.dot(dy, W, acc)
 

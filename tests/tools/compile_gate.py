@@ -172,7 +172,8 @@ def generation(target: str) -> str:
 def sizes(line: dict[str, Any]) -> list[tuple[str, int]]:
     """(name, M) of the launches that a line makes, M rows of x being enough for one of them."""
     if line["path"] == "tile":
-        return [(f"{line['BM']}x{line['BO']}x{line['BI']}", line["BM"])]
+        sides = "x".join(str(line[side]) for side in ("BM", "BO", "BI"))
+        return [(f"{sides}, {line['stages']} stages", line["BM"])]
     if line["path"] == "dense":
         return [("M=4096", 4096)]
 
