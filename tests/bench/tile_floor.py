@@ -19,6 +19,7 @@ import sys
 from typing import Any, NamedTuple
 
 import compile_gate
+import machine_code
 import torch
 
 from minilora.kernels.gpu import matmul, runtime
@@ -95,8 +96,7 @@ def counts(direction: str, line: Line, card: Card) -> Counts:
     """Compiles a tile and counts its main loop."""
     launch = recorded(direction, line)
     kernel = compile_gate.compiled(launch, card.target)[0]
-    instructions, _ = compile_gate.sass(kernel.asm["cubin"])
-    body = compile_gate.loops(instructions)[0]
+    body = machine_code.loops(machine_code.sass(kernel.asm["cubin"]).lines)[0]
     halves = sum(bool(HALF_RATE.match(name)) for name in body)
 
     BM, BO, BI = line["BM"], line["BO"], line["BI"]
