@@ -238,7 +238,14 @@ ADDITIONS = {
 }
 
 
-@pytest.mark.parametrize("addition", ADDITIONS)
+# It trains, and takes as long as the others together.
+IN_SOAK = "a training metric"
+
+
+@pytest.mark.parametrize(
+    "addition",
+    [pytest.param(a, marks=[pytest.mark.soak] if a == IN_SOAK else []) for a in ADDITIONS],
+)
 def test_an_addition_is_a_diff_of_one_file(addition: str, tmp_path: Path) -> None:
     expected, code = ADDITIONS[addition]
     checkout = copied(tmp_path)
