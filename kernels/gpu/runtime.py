@@ -93,7 +93,12 @@ class Term(NamedTuple):
 
 def term_of(low: LowRank | None) -> Term | None:
     """Returns the kernels' argument `term`."""
-    return None if low is None else Term(*low, low.left.shape[1], *low.right.stride())
+    if low is None:
+        return None
+
+    left, right, scale = low
+    right_row, right_column = right.stride()
+    return Term(left, right, scale, left.shape[1], right_row, right_column)
 
 
 def power_of_two(n: int) -> int:

@@ -50,7 +50,6 @@ from .runtime import (
     PORTABLE,
     LowRank,
     Tables,
-    launch,
     power_of_two,
     tables,
     term_of,
@@ -197,8 +196,10 @@ def skinny_forward(x: Tensor, w: PackedWeight, bias: Tensor | None, low: LowRank
 
     y = torch.empty(M, O, dtype=x.dtype, device=x.device)
     BR = min(64, power_of_two(low.left.shape[1])) if low else 1
-    grid = (-(-O // 128), M)
-    launch(_sum, grid, partial, bias, term_of(low), y, M, O, spans, BO=128, BR=BR, num_warps=4)
+    # Without `launch`, which takes its settings apart and puts them together again.
+    arguments = partial, bias, term_of(low), y, M, O, spans
+    settings = {"BO": 128, "BR": BR, "num_warps": 4, "enable_fp_fusion": False}
+    runtime.start(_sum, (-(-O // 128), M), arguments, settings)
     return y
 
 
@@ -208,10 +209,8 @@ def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
     capability = runtime.capability_of(device)
     plan = _plan(M, O, I, w.block_size, w.quant_type, x.dtype, device, capability)
     partial = torch.empty(plan.programs[1], M, O, dtype=torch.float32, device=device)
-    launch(
-        _partial, plan.programs, x, w.tensors, plan.tables, partial, *plan.sizes, x.stride(0),
-        **plan.settings,
-    )  # fmt: skip
+    arguments = x, w.tensors, plan.tables, partial, *plan.sizes, x.stride(0)
+    runtime.start(_partial, plan.programs, arguments, plan.settings)
     return partial
 
 
