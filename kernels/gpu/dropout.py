@@ -35,9 +35,9 @@ def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
 
     x = x.contiguous()
     y = torch.empty_like(x)
-    quarter = triton.cdiv(x.numel(), 4)
+    quarter = -(-x.numel() // 4)
     launch(
-        _dropout, (triton.cdiv(quarter, _COUNTERS),), x, y, x.numel(), quarter, int(seed),
+        _dropout, (-(-quarter // _COUNTERS),), x, y, x.numel(), quarter, int(seed),
         int(p * 2**32), 1 / (1 - p), COUNTERS=_COUNTERS, num_warps=4,
     )  # fmt: skip
     return y

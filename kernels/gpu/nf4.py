@@ -99,7 +99,7 @@ def quantize(x: Tensor, block_size: int, quant_type: str = "nf4") -> tuple[Tenso
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=x.device)
 
     blocks = max(1, _TILE // block_size)
-    grid = (triton.cdiv(absmax.numel(), blocks),)
+    grid = (-(-absmax.numel() // blocks),)
     launch(
         _quantize, grid, x, packed, absmax, n,
         THRESHOLDS=_thresholds(quant_type), STEPS=_steps(quant_type),
@@ -249,7 +249,7 @@ def dequantize_into(out: Tensor, w: PackedWeight) -> None:
         row, gap = width // 8, (stride - width) // 8
 
     whole = n % 8 == 0 and w.packed.data_ptr() % 4 == 0
-    grid = (triton.cdiv(n, 8 * _WORDS * _TIMES),)
+    grid = (-(-n // (8 * _WORDS * _TIMES)),)
     launch(
         _dequantize, grid, out, w.tensors, tables(w.device, w.quant_type), n, row, gap,
         BLOCK=w.block_size, WHOLE=whole, GAP=gaps,
@@ -285,6 +285,6 @@ def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     out = torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
     weight = Parts(None, codes.contiguous(), absmax2.contiguous(), offset)
     arguments = out, weight, map8(codes.device), out.numel()
-    grid = (triton.cdiv(out.numel(), 1024),)
+    grid = (-(-out.numel() // 1024),)
     launch(_double_dequantize, grid, *arguments, BLOCKS=1024, num_warps=4)
     return out

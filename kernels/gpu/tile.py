@@ -30,7 +30,7 @@ from ..reference.nf4 import PackedWeight
 from . import runtime
 from .block_table import decode_with_table, table_ptx
 from .nf4 import decode, load_stored, scale_of
-from .runtime import LowRank, launch, tables, term_of, tl, triton
+from .runtime import LowRank, launch, power_of_two, tables, term_of, tl, triton
 
 
 @triton.jit
@@ -198,7 +198,7 @@ def tile_forward(
     M, (O, I) = x.shape[0], w.shape
     y = torch.empty(M, O, dtype=x.dtype, device=x.device)
 
-    grid = (triton.cdiv(M, choice["BM"]) * triton.cdiv(O, choice["BO"]),)
+    grid = (-(-M // choice["BM"]) * -(-O // choice["BO"]),)
     looked_up = tables(x.device, w.quant_type)
     arguments = x, w.tensors, looked_up, bias, term_of(low), y, M, O, I, x.stride(0)
     launch(_forward, grid, *arguments, **_settings(x, w, low, choice))
@@ -212,7 +212,7 @@ def tile_backward(
     M, (O, I) = dy.shape[0], w.shape
     dx = torch.empty(M, I, dtype=dy.dtype, device=dy.device)
 
-    grid = (triton.cdiv(M, choice["BM"]) * triton.cdiv(I, choice["BI"]),)
+    grid = (-(-M // choice["BM"]) * -(-I // choice["BI"]),)
     looked_up = tables(dy.device, w.quant_type)
     arguments = dy, w.tensors, looked_up, term_of(low), dx, M, O, I, dy.stride(0)
     launch(_backward, grid, *arguments, **_settings(dy, w, low, choice))
@@ -233,7 +233,7 @@ def _settings(
     x: Tensor, w: PackedWeight, low: LowRank | None, choice: dict[str, Any]
 ) -> dict[str, Any]:
     # A tensor core takes 16 columns at least.
-    BR = min(64, max(16, triton.next_power_of_2(low.left.shape[1]))) if low else 0
+    BR = min(64, max(16, power_of_two(low.left.shape[1]))) if low else 0
 
     settings = {
         "BLOCK": w.block_size,

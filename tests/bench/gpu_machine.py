@@ -3,8 +3,9 @@
 import json
 import subprocess
 import time
-from importlib import metadata
 from typing import Any
+
+from side_by_side import versions
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 
@@ -32,17 +33,7 @@ def describe() -> dict[str, Any]:
 def no_card() -> dict[str, Any]:
     """Versions and date alone."""
     date = time.strftime("%Y-%m-%d")
-    return {"card": "no card", "driver": None, "versions": versions(), "date": date}
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"card": "no card", "driver": None, "versions": versions(PACKAGES), "date": date}
 
 
 def driver() -> str | None:

@@ -61,14 +61,15 @@ def machine(threads: int, cpuinfo: str | None = None) -> Result:
         "cores": os.cpu_count(),
         "threads": threads,
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "versions": {"Python": platform.python_version()} | _versions(),
+        "versions": {"Python": platform.python_version()} | versions(PACKAGES),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of those packages that are installed."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
