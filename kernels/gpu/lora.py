@@ -44,10 +44,8 @@ def nf4_inference(
     if A is None or B is None:
         return forward(x, w, bias, None)
 
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    z = F.linear(rows, in_dtype(A, x.dtype))
-    y = forward(rows, w, bias, LowRank(z, in_dtype(B, x.dtype), scale))
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
+    z = F.linear(x, in_dtype(A, x.dtype))
+    return forward(x, w, bias, LowRank(z, in_dtype(B, x.dtype), scale))
 
 
 def nf4_lora_linear_backward(

@@ -14,8 +14,10 @@ A low-rank term s z B^T is added in the same pass over y where that pays (see `l
 Dimension letters: M rows of x, I in_features, O out_features, r rank.
 """
 
+import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..reference.nf4 import PackedWeight
@@ -46,20 +48,21 @@ def forward(
 ) -> Tensor:
     """Returns x W^T + bias + s left right^T, [.., O], on the path of the table or of `choice`."""
     w = checked(w)
-    rows = _rows("x", x, w, 1)
+    rows, M = _rows("x", x, w, 1)
     O = w.shape[0]
-    low = _checked_term(low, rows, O)
+    low = _checked_term(low, x, M, O)
     bias = _checked_bias(bias, x, w)
 
     def run(line: Line) -> Tensor:
         if line["path"] == "skinny":
             return skinny_forward(rows, w, bias, low)
+        matrix, term = _matrices(rows, low, M)
         if line["path"] == "tile":
-            return tile_forward(rows, w, bias, low, line)
-        return dense_forward(rows, w, bias, low)
+            return tile_forward(matrix, w, bias, term, line)
+        return dense_forward(matrix, w, bias, term)
 
-    y = _on_the_path("forward", run, rows, w, choice)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], O)
+    y = _on_the_path("forward", run, M, rows, w, choice)
+    return y if y.ndim == x.ndim else y.view(*x.shape[:-1], O)
 
 
 def backward(
@@ -67,22 +70,23 @@ def backward(
 ) -> Tensor:
     """Returns dy W + s left right^T, [.., I], on the path of the table or of `choice`."""
     w = checked(w)
-    rows = _rows("dy", dy, w, 0)
+    rows, M = _rows("dy", dy, w, 0)
     I = w.shape[1]
-    low = _checked_term(low, rows, I)
+    matrix, term = _matrices(rows, _checked_term(low, dy, M, I), M)
 
     def run(line: Line) -> Tensor:
         if line["path"] == "tile":
-            return tile_backward(rows, w, low, line)
-        return dense_backward(rows, w, low)
+            return tile_backward(matrix, w, term, line)
+        return dense_backward(matrix, w, term)
 
-    dx = _on_the_path("backward", run, rows, w, choice)
+    dx = _on_the_path("backward", run, M, rows, w, choice)
     return dx if dy.ndim == 2 else dx.view(*dy.shape[:-1], I)
 
 
 def _on_the_path(
     direction: str,
     run: Callable[[Line], Tensor],
+    M: int,
     x: Tensor,
     w: PackedWeight,
     choice: Line | None,
@@ -91,7 +95,7 @@ def _on_the_path(
 
     Where the table's needs more than the GPU has, the next smaller one is tried, with one warning.
     """
-    line = first = _choice(direction, x, w, choice)
+    line = first = _choice(direction, M, x, w, choice)
     too_large: Exception | None = None
     while True:
         try:
@@ -102,15 +106,19 @@ def _on_the_path(
                 raise
             too_large = error
             give_up(direction, line, x.device)
-            line = _choice(direction, x, w, None)
+            line = _choice(direction, M, x, w, None)
 
     if too_large:
         warn_of(direction, first, line, x.device, too_large)
     return y
 
 
-def _rows(name: str, x: Tensor, w: PackedWeight, dim: int) -> Tensor:
-    """Returns x as a matrix whose width is that dimension of W, without gaps inside a row."""
+def _rows(name: str, x: Tensor, w: PackedWeight, dim: int) -> tuple[Tensor, int]:
+    """Returns x without gaps inside a row, and the number of rows. Their width is a side of W.
+
+    x stays as it is if it is contiguous, and is a matrix otherwise: a view takes as long as a check
+    of all arguments, and generation multiplies x [1, 1, I].
+    """
     check(name, x, FLOATS, w.device)
     if len(w.shape) != 2:
         raise ValueError(f"a product takes a weight [out, in], not {tuple(w.shape)}")
@@ -119,25 +127,33 @@ def _rows(name: str, x: Tensor, w: PackedWeight, dim: int) -> Tensor:
             f"{name} {tuple(x.shape)} does not fit a weight {tuple(w.shape)}: "
             f"its last size must be {w.shape[dim]}"
         )
-    rows = x if x.ndim == 2 else x.reshape(-1, w.shape[dim])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    width = w.shape[dim]
+    if x.ndim != 2 and width and x.is_contiguous():
+        return x, x.numel() // width
+
+    rows = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), width)
+    return rows if rows.stride(1) == 1 else rows.contiguous(), rows.shape[0]
 
 
-def _checked_term(low: LowRank | None, x: Tensor, N: int) -> LowRank | None:
-    """Returns the term for a result [M, N], with its left factor [M, r] contiguous."""
+def _checked_term(low: LowRank | None, x: Tensor, M: int, N: int) -> LowRank | None:
+    """Returns the term for a result of M rows and N columns, with its left factor contiguous."""
     if low is None:
         return None
 
-    left = low.left
-    if left.ndim != 2 or not left.is_contiguous():
-        left = left.reshape(-1, left.shape[-1]).contiguous()
-    right, device = low.right, x.device
-    fits = left.shape[0] == x.shape[0] and right.shape == (N, left.shape[1])
+    left, right, scale = low
+    r, device = left.shape[-1], x.device
+    fits = left.numel() == M * r and right.shape == (N, r)
     same_dtype = left.dtype == right.dtype == x.dtype
     if not (fits and same_dtype and left.device == device and right.device == device):
-        _check_factor("left", left, (x.shape[0], left.shape[1]), x)
-        _check_factor("right", right, (N, left.shape[1]), x)
-    return low if left is low.left else LowRank(left, right, low.scale)
+        _check_factor("left", torch.atleast_2d(left).flatten(0, -2), (M, r), x)
+        _check_factor("right", right, (N, r), x)
+    return low if left.is_contiguous() else LowRank(left.contiguous(), right, scale)
+
+
+def _matrices(rows: Tensor, low: LowRank | None, M: int) -> tuple[Tensor, LowRank | None]:
+    """Returns the rows, and those of the term, as matrices."""
+    low = low and low._replace(left=low.left.view(M, low.left.shape[-1]))
+    return rows.view(M, rows.shape[-1]), low
 
 
 def _check_factor(factor: str, t: Tensor, shape: tuple[int, int], x: Tensor) -> None:
@@ -158,9 +174,9 @@ def _checked_bias(bias: Tensor | None, x: Tensor, w: PackedWeight) -> Tensor | N
     return bias.contiguous()
 
 
-def _choice(direction: str, x: Tensor, w: PackedWeight, given: Line | None) -> Line:
+def _choice(direction: str, M: int, x: Tensor, w: PackedWeight, given: Line | None) -> Line:
     """Returns the path to take: the given one, if the product fits it, or that of the table."""
-    M, (O, I) = x.shape[0], w.shape
+    O, I = w.shape
 
     # On tensor cores float32 would lose bits; words are loaded from addresses that 4 divides.
     fusable = x.dtype in HALVES and x.numel() > 0 and w.packed.data_ptr() % 4 == 0

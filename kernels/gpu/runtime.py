@@ -71,7 +71,7 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 class LowRank(NamedTuple):
     """The term scale * left right^T of a product, both factors in the dtype of x.
 
-    left: [M, r], contiguous
+    left: [M, r] or [.., r], contiguous
     right: [N, r], in any strides
     """
 
@@ -98,7 +98,7 @@ def term_of(low: LowRank | None) -> Term | None:
 
     left, right, scale = low
     right_row, right_column = right.stride()
-    return Term(left, right, scale, left.shape[1], right_row, right_column)
+    return Term(left, right, scale, left.shape[-1], right_row, right_column)
 
 
 def power_of_two(n: int) -> int:

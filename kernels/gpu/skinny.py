@@ -186,16 +186,15 @@ def _sum(
 
 
 def skinny_forward(x: Tensor, w: PackedWeight, bias: Tensor | None, low: LowRank | None) -> Tensor:
-    """Returns x W^T + bias + scale * left right^T, [M, O].
+    """Returns x W^T + bias + scale * left right^T, [.., O].
 
-    x is [M, I] with M <= 64, float16 or bfloat16.
+    x is [M, I] with any stride of its rows, or contiguous [.., I]; M <= 64; float16 or bfloat16.
     """
-    M, O = x.shape[0], w.shape[0]
     partial = _partial_sums(x, w)
-    spans = partial.shape[0]
+    spans, M, O = partial.shape
 
-    y = torch.empty(M, O, dtype=x.dtype, device=x.device)
-    BR = min(64, power_of_two(low.left.shape[1])) if low else 1
+    y = torch.empty(*x.shape[:-1], O, dtype=x.dtype, device=x.device)
+    BR = min(64, power_of_two(low.left.shape[-1])) if low else 1
     # Without `launch`, which takes its settings apart and puts them together again.
     arguments = partial, bias, term_of(low), y, M, O, spans
     settings = {"BO": 128, "BR": BR, "num_warps": 4, "enable_fp_fusion": False}
@@ -205,11 +204,14 @@ def skinny_forward(x: Tensor, w: PackedWeight, bias: Tensor | None, low: LowRank
 
 def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
     """Returns the sums over each span of columns, float32 [spans, M, O]."""
-    (M, I), O, device = x.shape, w.shape[0], x.device
+    (O, I), device = w.shape, x.device
+    M, stride = x.shape[0], x.stride(0)
+    if x.ndim != 2:
+        M, stride = x.numel() // I, I
     capability = runtime.capability_of(device)
     plan = _plan(M, O, I, w.block_size, w.quant_type, x.dtype, device, capability)
     partial = torch.empty(plan.programs[1], M, O, dtype=torch.float32, device=device)
-    arguments = x, w.tensors, plan.tables, partial, *plan.sizes, x.stride(0)
+    arguments = x, w.tensors, plan.tables, partial, *plan.sizes, stride
     runtime.start(_partial, plan.programs, arguments, plan.settings)
     return partial
 

@@ -12,6 +12,7 @@ from typing import Any
 import gpu
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import gaussian
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,14 +80,15 @@ def arguments(launch: Launch) -> Any:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, I), (1, 1, I), (3, I), (3, 1, I)])
 def test_the_second_call_checks_nothing_again_and_allocates_its_results_alone(
-    launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+    launches: list[Launch], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
 ) -> None:
     checks = []
     monkeypatch.setattr(runtime, "check_weight", checks.append)
-    x = gaussian(1, I).bfloat16()
+    x = gaussian(*shape).bfloat16()
 
-    # The partial sums and y; and z = x A^T.
+    # The partial sums and y; and z = x A^T, which PyTorch computes with views of its own.
     for layer, allocations in zip(layers(), (2, 3), strict=True):
         layer(x)
         assert len(checks) == 1
@@ -97,9 +99,9 @@ def test_the_second_call_checks_nothing_again_and_allocates_its_results_alone(
         assert not checks
         assert [name for name, *_ in launches] == ["_partial", "_sum"]
         assert found["aten::empty"] <= allocations
-        views = {"aten::t", "aten::transpose", "aten::as_strided", "aten::view", "aten::reshape"}
-        product = {"aten::linear", "aten::matmul", "aten::mm"} if allocations == 3 else set()
-        assert found.keys() <= {"aten::empty", "aten::resolve_conj", *views, *product}, found
+        if allocations == 3:
+            found -= operators(lambda layer=layer: F.linear(x, layer.adapters["default"].A))
+        assert found.keys() <= {"aten::empty"}, found
 
 
 def test_nothing_is_recorded_for_autograd_where_no_gradient_is_wanted(

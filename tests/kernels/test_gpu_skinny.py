@@ -3,6 +3,8 @@
 Its rounding is tested in test_gpu_matmul.py with that of the other paths.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from gpu import DEVICE, guarded
@@ -71,13 +73,17 @@ def test_the_order_and_height_of_a_generation(
 
 
 def product(
-    x: Tensor, w: PackedWeight, bias: Tensor | None = None, low: LowRank | None = None
+    x: Tensor,
+    w: PackedWeight,
+    bias: Tensor | None = None,
+    low: LowRank | None = None,
+    line: Any = SKINNY,
 ) -> Tensor:
     """The product in guarded memory, brought back to the CPU."""
     with guarded() as buffers:
         hold = buffers.hold
         term = LowRank(hold(low.left), hold(low.right), low.scale) if low else None
-        return matmul.forward(hold(x), buffers.hold_weight(w), hold(bias), term, SKINNY).cpu()
+        return matmul.forward(hold(x), buffers.hold_weight(w), hold(bias), term, line).cpu()
 
 
 def error_and_bound(
@@ -157,3 +163,37 @@ def test_rows_of_x_at_any_distance(
         apart = torch.cat([x, x], dim=1)[:, : 192 + gap].contiguous()[:, :192]
         assert apart.stride(0) == 192 + gap
         assert torch.equal(product(apart, w), expected)
+
+
+def in_strides(t: Tensor, layout: str) -> Tensor:
+    """t [4, 3, N] or [3, N], equal in value, in other strides."""
+    match layout:
+        case "part of a row":
+            return torch.cat([t, t], dim=-1)[..., : t.shape[-1]]
+        case "last of several rows":
+            return torch.stack([t, t], dim=-2)[..., 1, :]
+        case "sequences inside":
+            return t.transpose(0, -2).contiguous().transpose(0, -2)
+        case "columns":
+            return t.mT.contiguous().mT
+    return t
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["contiguous", "part of a row", "last of several rows", "sequences inside", "columns"],
+)
+@pytest.mark.parametrize("path", ["skinny", "tile", "dense"])
+def test_x_in_any_shape_and_strides_gives_what_its_rows_give(path: str, layout: str) -> None:
+    line = {"path": path, "BM": 16, "BO": 32, "BI": 64, "warps": 4, "stages": 2}
+    w, right = packed_weight(0.1 * gaussian(65, 128), 64, True), gaussian(65, 5).bfloat16()
+    x, left = gaussian(4, 3, 128).bfloat16(), gaussian(4, 3, 5, seed=1).bfloat16()
+    for low in (None, left):
+        of_rows = LowRank(low.view(12, 5), right, 0.5) if low is not None else None
+        expected = product(x.view(12, 128), w, None, of_rows, line).view(4, 3, 65)
+
+        term = LowRank(in_strides(low, layout), right, 0.5) if low is not None else None
+        assert torch.equal(product(in_strides(x, layout), w, None, term, line), expected)
+        term = LowRank(low[0, 0], right, 0.5) if low is not None else None
+        alone = product(in_strides(x, layout)[0, 0], w, None, term, line)
+        assert torch.equal(alone, product(x[0, :1], w, None, term, line)[0])
