@@ -193,7 +193,8 @@ def skinny_forward(x: Tensor, w: PackedWeight, bias: Tensor | None, low: LowRank
     partial = _partial_sums(x, w)
     spans, M, O = partial.shape
 
-    y = torch.empty(*x.shape[:-1], O, dtype=x.dtype, device=x.device)
+    # Of two numbers, it is made half a microsecond sooner than of a slice of x's sizes.
+    y = x.new_empty(M, O) if x.ndim == 2 else x.new_empty(*x.shape[:-1], O)
     BR = min(64, power_of_two(low.left.shape[-1])) if low else 1
     # Without `launch`, which takes its settings apart and puts them together again.
     arguments = partial, bias, term_of(low), y, M, O, spans
@@ -210,7 +211,7 @@ def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
         M, stride = x.numel() // I, I
     capability = runtime.capability_of(device)
     plan = _plan(M, O, I, w.block_size, w.quant_type, x.dtype, device, capability)
-    partial = torch.empty(plan.programs[1], M, O, dtype=torch.float32, device=device)
+    partial = x.new_empty(plan.programs[1], M, O, dtype=torch.float32)
     arguments = x, w.tensors, plan.tables, partial, *plan.sizes, stride
     runtime.start(_partial, plan.programs, arguments, plan.settings)
     return partial

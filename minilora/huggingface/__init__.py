@@ -4,6 +4,8 @@ from minilora.huggingface.activation_checkpointing import (
     gradient_checkpointing as gradient_checkpointing,
 )
 from minilora.huggingface.causal_loss import causal_lm_loss as causal_lm_loss
+from minilora.huggingface.cuda_graph import NotRecordableError as NotRecordableError
+from minilora.huggingface.cuda_graph import decode_graph as decode_graph
 from minilora.huggingface.efficient import efficient_training as efficient_training
 from minilora.huggingface.generation import generate as generate
 from minilora.huggingface.generation import generate_batch as generate_batch

@@ -208,3 +208,28 @@ def test_a_captured_layer_follows_its_input(M: int) -> None:
     x.copy_(gaussian(M, 256, dtype=torch.bfloat16, seed=1))
     graph.replay()
     assert torch.equal(found, layer(x))
+
+
+def test_generation_as_a_graph_has_the_logits_of_eager_decoding() -> None:
+    transformers = pytest.importorskip("transformers", reason="the model is transformers' own")
+    from minilora.huggingface import decode_graph
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 300}
+    parts = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **parts))
+    model = minilora.quantize(model.to(DEVICE, torch.bfloat16).eval())
+    helpers.randomize(minilora.inject(model, r=4), "default", size=0.1)
+
+    prompts = torch.tensor([[0, 0, 3, 4], [5, 6, 7, 8]], device=DEVICE)
+    told = {"return_dict_in_generate": True, "output_logits": True, "disable_compile": True}
+    answer = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def logits() -> Tensor:
+        asked = {"input_ids": prompts, "attention_mask": (prompts > 0).long()}
+        options = {"cache_implementation": "static", **told, **answer}
+        return torch.stack(model.generate(**asked, **options).logits)
+
+    expected = logits()
+    with decode_graph(model):
+        assert torch.equal(logits(), expected)
