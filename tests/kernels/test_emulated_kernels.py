@@ -93,7 +93,7 @@ def test_planted_faults_are_found_in_many_places() -> None:
 
 
 def test_an_absmax_is_rounded_twice_wherever_bits_are_promised() -> None:
-    """A multiply-add that is fused changes a weight of 16 bits so rarely that no other test sees it.
+    """Fused, the absmax of a tile differs in its last bit, which no other test sees in 16 bits.
 
     The skinny product is not among these: it promises an error bound, and fuses on purpose.
     """
@@ -103,7 +103,7 @@ def test_an_absmax_is_rounded_twice_wherever_bits_are_promised() -> None:
     for row in rows:
         assert row["not 0"] == 0, row
         assert row["fusible"] == [], row
-        # Fused, all are 0 but those of level 0.
+        # Fused, only weights of level 0 are 0.
         assert row["not 0 if fused"] > row["of"] / 2, row
 
 
