@@ -143,8 +143,8 @@ def products() -> list[Product]:
         _product("forward", {"path": "skinny"}, "_partial", 9, 65, 1024),
         _product("forward", forward, "_forward", forward["BM"] + 9, 65, 384),
         _product("forward", forward, "_forward", 9, 65, 384, cancels=True),
-        _product("backward", backward, "_backward", backward["BM"] + 9, 130, 128),
-        _product("backward", backward, "_backward", 9, 130, 128, cancels=True),
+        _product("backward", backward, "_backward", backward["BM"] + 9, 258, 128),
+        _product("backward", backward, "_backward", 9, 258, 128, cancels=True),
     ]
 
 
