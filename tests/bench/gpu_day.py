@@ -6,7 +6,8 @@
 Nothing is downloaded. Each step is a process of its own with a time limit of its own, so that a
 kernel that hangs or spoils the device's context ends its step only; its error is in the report, and
 the next step runs. The report, one Markdown file and one JSON file, is written anew after every
-step, into docs/benchmarks/CARD, ready to be committed.
+step, into docs/benchmarks/CARD, ready to be committed. No file is ever half written: a run that is
+killed leaves the report of the steps before.
 
 A dry run needs no GPU: launches do nothing, sizes are small, and every figure is "not measured".
 """
@@ -28,6 +29,8 @@ from typing import Any, NamedTuple
 import gpu_day_report
 import gpu_machine
 import side_by_side as bench
+
+from minilora.files.atomic import atomic_files
 
 HERE = Path(__file__).resolve().parent
 STEPS = str(HERE / "gpu_day_steps.py")
@@ -181,11 +184,13 @@ def machine() -> dict[str, Any]:
 
 
 def write(day: dict[str, Any], folder: Path) -> Path:
-    """Writes gpu_day.md and gpu_day.json; returns the Markdown's path."""
+    """Writes gpu_day.md and gpu_day.json, each of them atomically; returns the Markdown's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu_day.json").write_text(json.dumps(day, indent=1, ensure_ascii=False) + "\n")
     report = folder / "gpu_day.md"
-    report.write_text(gpu_day_report.render(day))
+    numbers = json.dumps(day, indent=1, ensure_ascii=False) + "\n"
+    with atomic_files(report, folder / "gpu_day.json") as (markdown, data):
+        markdown.write_text(gpu_day_report.render(day), encoding="utf-8")
+        data.write_text(numbers, encoding="utf-8")
     return report
 
 

@@ -21,6 +21,8 @@ import torch
 import triton
 from gpu_checks import WrongResultError, check_product, forced, gaussian, name_of, paths
 
+from minilora.files.atomic import write_text
+
 Result = dict[str, Any]
 
 RIGHT, WRONG = "right", "the result is wrong, so it is not timed"
@@ -271,7 +273,8 @@ def main() -> None:
 
     result = run(args.step, args.dry_run, args.small)
     if args.out:
-        args.out.write_text(json.dumps(result) + "\n")
+        # Whole or not at all: the step may be stopped at any moment.
+        write_text(args.out, json.dumps(result) + "\n")
     for fault in result["faults"]:
         print(fault, file=sys.stderr)
     sys.exit(bool(result["faults"]))

@@ -7,19 +7,28 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numba
+import numpy as np
 import pytest
 import torch
+from cancelling import cancelling_weight
 from helpers import gaussian, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llvmlite.binding import get_host_cpu_features
 from weights import packed_weight
 
 from minilora.kernels.cpu import avx512, matmul, nf4
+from minilora.kernels.cpu.few_rows import few_rows
 from minilora.kernels.reference import nf4 as reference
 from minilora.kernels.reference.nf4 import PackedWeight
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
+
+# A CPU name in Numba's configuration means that the code is compiled for some other processor.
+HAS_FMA = numba.config.CPU_NAME is None and get_host_cpu_features().get("fma", False)
 
 
 # Oracle: the loops without AVX-512 against the reference.
@@ -79,6 +88,38 @@ def test_the_portable_loops_equal_the_reference(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# Oracle: product and sum both round, so these weights are 0, as `cancelling_weight` says.
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("code", [5, 50, 90])
+def test_an_absmax_is_rounded_twice(code: int, quant_type: str) -> None:
+    w = cancelling_weight((64, 128), 64, quant_type, code)
+    assert w.absmax2 is not None and w.offset is not None
+    assert not nf4.double_dequantize(w.absmax, w.absmax2, w.offset).any()
+    check_dequantize(w)
+
+    # Each way to multiply decodes for itself.
+    for dtype in (torch.float32, torch.bfloat16):
+        assert not nf4.dequantize(w, dtype).any()
+        for rows in (1, 2, 5, 16):
+            x, dy = gaussian(rows, 128).to(dtype), gaussian(rows, 64).to(dtype)
+            assert not few_rows(x, w).any()
+            assert not matmul.nf4_linear(x, w, None).any()
+            assert not matmul.nf4_linear_backward(dy, w).any()
+
+
+@pytest.mark.skipif(not HAS_FMA, reason="the processor has no fused multiply-add")
+def test_an_absmax_that_is_fused_would_be_seen() -> None:
+    """The library's own formula, compiled as it must not be."""
+    formula: Any = nf4.absmax_of_block
+    fused = numba.njit(fastmath={"contract"})(formula.py_func)
+    w = cancelling_weight((64, 128))
+    assert w.absmax2 is not None and w.offset is not None
+    parts = nf4.array(w.absmax), nf4.array(w.absmax2), np.float32(w.offset.item())
+    assert formula(0, *parts) == 0 and fused(0, *parts) != 0
 
 
 # Property: a tile is a part of the dense weight, and nothing beside it is written.

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -104,6 +105,93 @@ def test_what_a_step_found_stands_beside_its_faults(tmp_path: Path) -> None:
     is_good, _, text = spend([step], tmp_path)
     assert not is_good
     assert "the result is wrong, so it is not timed" in text and "| 16 | 12.3 |" in text
+
+
+# -- the report ----------------------------------------------------------------------------------
+
+
+def lose_the_machine(folder: Path, during: str) -> None:
+    """Runs three steps. In the second, or while its report is written, this process is killed."""
+
+    def write_half(path: Path, text: str, encoding: str) -> None:
+        if "It is second." not in text:
+            path.write_bytes(text.encode(encoding))
+            return
+        path.write_bytes(text.encode(encoding)[: len(text) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    kill = "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"
+    if during == "report":
+        Path.write_text = write_half  # type: ignore[assignment, method-assign]
+    second = python("second", kill if during == "step" else "")
+    spend([python("first", "print('all is well')"), second, python("third", "")], folder)
+
+
+@pytest.mark.parametrize("during", ["step", "report"])
+def test_a_lost_machine_leaves_the_report_of_every_finished_step(
+    during: str, tmp_path: Path
+) -> None:
+    here, tools = Path(__file__).parent, ROOT / "tests" / "tools"
+    code = f"import pathlib, test_gpu_day as t; \
+t.lose_the_machine(pathlib.Path({str(tmp_path)!r}), {during!r})"
+    paths = [str(here), str(tools), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    written = json.loads((tmp_path / "gpu_day.json").read_text())
+    assert [outcome["name"] for outcome in written["steps"]] == ["first"]
+    assert read(tmp_path) == report.render(written)
+    assert read(tmp_path).endswith("## First\n\nIt is first.\n\nall is well\n")
+
+    # The next day removes the half that was written.
+    spend([python("next", "")], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu_day.json", "gpu_day.md"]
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spend([python("first", "")], tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(_: Any) -> str:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(report, "render", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        spend([python("second", "")], tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_step_killed_while_it_writes_has_no_result(tmp_path: Path) -> None:
+    """Half of its JSON would end the day."""
+    code = f"""
+import os, pathlib, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(BENCH)!r}]
+import gpu_day_steps
+
+def write_half(path, text, encoding=None):
+    path.write_bytes(text.encode()[:9])
+    print("half of it", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+pathlib.Path.write_text = write_half
+gpu_day_steps.run = lambda *_: {{"faults": []}}
+sys.argv[1:] = ["smoke", "--out", sys.argv[1]]
+gpu_day_steps.main()
+"""
+    half = day.Step("half", "Half.", [sys.executable, "-c", code, "{out}"], 60, {})
+    _, written, _ = spend([half, python("next", "")], tmp_path)
+    first, second = written["steps"]
+    assert first["status"] == "failed" and first["error"] == "half of it"
+    assert first["result"] == {} and second["status"] == "passed"
 
 
 # -- the days ------------------------------------------------------------------------------------

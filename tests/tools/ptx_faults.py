@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 import triton
+from cancelling import cancelling_weight
 from ptx_launch import emulated
 from ptx_machine import KernelError
 from ptx_products import Source, within_bound
@@ -112,6 +113,15 @@ FAULTS = [
 ]
 
 
+# map8[code] * absmax2 + offset, rounded once. It is below every bound, so it is planted in products
+# that are exactly 0 without it.
+FUSED = Fault(
+    "the absmax is fused",
+    r"mul\.rn\.f32\s+(%r\d+), (%r\d+), (%r\d+);((?s:.*?))add\.rn\.f32\s+(%r\d+), \1, (%r\d+);",
+    lambda m: f"{m[4]}fma.rn.f32 {m[5]}, {m[2]}, {m[3]}, {m[6]};",
+)
+
+
 class Product(NamedTuple):
     """A product in which faults are planted: the kernel that it launches first, and its call."""
 
@@ -119,17 +129,22 @@ class Product(NamedTuple):
     kernel: str
     run: Callable[[], Tensor]
     right: Callable[[Tensor], bool]
+    faults: list[Fault]
 
 
 def products() -> list[Product]:
-    """The skinny product, and the smallest tile in both directions.
+    """The skinny product, and the smallest tile in both directions, also with an absmax of 0.
 
     No tile divides their sizes, so that masks matter, and their loops are longer than a pipeline.
+    The skinny product fuses on purpose.
     """
+    forward, backward = _tile("forward"), _tile("backward")
     return [
         _product("forward", {"path": "skinny"}, "_partial", 9, 65, 1024),
-        _product("forward", _tile("forward"), "_forward", _tile("forward")["BM"] + 9, 65, 384),
-        _product("backward", _tile("backward"), "_backward", _tile("backward")["BM"] + 9, 130, 128),
+        _product("forward", forward, "_forward", forward["BM"] + 9, 65, 384),
+        _product("forward", forward, "_forward", 9, 65, 384, cancels=True),
+        _product("backward", backward, "_backward", backward["BM"] + 9, 258, 128),
+        _product("backward", backward, "_backward", 9, 258, 128, cancels=True),
     ]
 
 
@@ -137,10 +152,21 @@ def _tile(direction: str) -> dict[str, Any]:
     return next(line for line in choose.lines(direction) if line["path"] == "tile")
 
 
-def _product(direction: str, line: dict[str, Any], kernel: str, M: int, O: int, I: int) -> Product:
+def _product(
+    direction: str,
+    line: dict[str, Any],
+    kernel: str,
+    M: int,
+    O: int,
+    I: int,
+    cancels: bool = False,
+) -> Product:
+    """A product with an ordinary weight, or with one that two roundings make 0."""
     source = Source(0)
     packed, absmax = reference.quantize(0.1 * source.gauss(O, I), 64)
     w = PackedWeight(packed, *reference.double_quantize(absmax), (O, I), 64)
+    if cancels:
+        w = cancelling_weight((O, I))
     forward = direction == "forward"
     x = source.gauss(M, I if forward else O).to(torch.bfloat16)
     # Half of the rows have few terms, and so a small bound.
@@ -154,9 +180,12 @@ def _product(direction: str, line: dict[str, Any], kernel: str, M: int, O: int, 
             return matmul.backward(x, w, None, line)
 
     def right(y: Tensor) -> bool:
+        if cancels:
+            return not y.any()
         return within_bound(y, x, w, None, None, forward, line["path"])
 
-    return Product(f"{direction} {line['path']}", kernel, run, right)
+    name = f"{direction} {line['path']}{', absmax 0' if cancels else ''}"
+    return Product(name, kernel, run, right, [FUSED] if cancels else FAULTS)
 
 
 def planted(fault: Fault, kernel: str, which: int) -> Callable[[str], str]:
@@ -213,7 +242,7 @@ def run(most: int, count: int, until_found: bool) -> list[dict[str, Any]]:
     rows = []
     for product in products()[:count]:
         ptx = kernel_text(product)
-        for fault in FAULTS:
+        for fault in product.faults:
             statements = [match[0] for match in re.finditer(fault.pattern, ptx)]
             row: dict[str, Any] = {"product": product.name, "fault": fault.name}
             row |= {"places": len(statements), "found": [], "missed": []}
@@ -231,7 +260,7 @@ def run(most: int, count: int, until_found: bool) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--places", type=int, default=4)
-    parser.add_argument("--products", type=int, default=3)
+    parser.add_argument("--products", type=int, default=5)
     parser.add_argument("--until-found", action="store_true")
     options = parser.parse_args()
 
