@@ -28,6 +28,9 @@ _NOT_RECORDED = 2
 # Of transformers' generation config.
 _OPTIONS = {"cache_implementation": "static", "disable_compile": True}
 
+# What transformers keeps of a static cache for the next: its length, or in older versions all of it.
+_KEPT = ("_previous_max_cache_length", "_cache")
+
 
 class NotRecordableError(RuntimeError):
     """A step of decoding cannot be repeated as a CUDA graph. Without `decode_graph` it works."""
@@ -132,16 +135,16 @@ class _Steps:
         self._recorded: _Recorded | None = None
 
     def generate(self, *args: Any, **options: Any) -> Any:
-        # transformers makes its next cache as long as the last.
-        length = "_previous_max_cache_length"
-        before = {length: vars(self._model)[length]} if length in vars(self._model) else {}
+        own = vars(self._model)
+        before = {name: own[name] for name in _KEPT if name in own}
         self._generating, self._calls = True, 0
         try:
             return self._generate(*args, **(_OPTIONS | options))
         finally:
             self._generating, self._recorded = False, None
-            vars(self._model).pop(length, None)
-            vars(self._model).update(before)
+            for name in _KEPT:
+                own.pop(name, None)
+            own.update(before)
 
     def forward(self, *args: Any, **options: Any) -> Any:
         self._calls += 1
