@@ -28,7 +28,7 @@ _NOT_RECORDED = 2
 # Of transformers' generation config.
 _OPTIONS = {"cache_implementation": "static", "disable_compile": True}
 
-# What transformers keeps of a static cache for the next: its length, or in older versions all of it.
+# What transformers keeps of a static cache: its length, and older versions all of it.
 _KEPT = ("_previous_max_cache_length", "_cache")
 
 

@@ -7,6 +7,7 @@ not measured is None there. Its faults are what was wrong; the rest of its resul
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -194,6 +195,51 @@ def decode(sizes: Sizes) -> Result:
     return {"tables": [table(title, rows, ["tokens per second"])]}
 
 
+def generate(sizes: Sizes) -> Result:
+    """transformers' generation, eagerly and inside `decode_graph`: the same tokens first."""
+    import headline
+
+    import minilora
+    from minilora.huggingface import cuda_graph
+
+    if gpu_checks.DRY_RUN:
+        cuda_graph.check_device = lambda model: None
+        cuda_graph.record = lambda step, device: (lambda: None, step())
+
+    device = torch.device(gpu_checks.DEVICE)
+    config = headline.config_of(sizes.model | {"num_hidden_layers": sizes.decoded_layers})
+    model = headline.build(config, headline.in_memory(device), device).eval()
+    minilora.inject(model, headline.RANK)
+    prompt = torch.arange(5, 21, device=device)[None]
+    tokens = 2 + sizes.decoded_tokens
+    answer = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    cache = {"cache_implementation": "static", "disable_compile": True}
+
+    def run() -> torch.Tensor:
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **answer, **cache)
+
+    ways = {
+        "eager": contextlib.nullcontext,
+        "decode_graph": lambda: cuda_graph.decode_graph(model),
+    }
+    answers, rows = [], []
+    for way in ways.values():
+        with way():
+            answers.append(run())
+    gpu_checks.check("generating", lambda: torch.equal(*answers))
+
+    for name, way in ways.items():
+        with way():
+            time = gpu_clock.seconds(run)
+        rate = None if time is None else tokens / time
+        rows.append({"how": name, "tokens per second": rate})
+
+    title = (
+        f"Layers: {sizes.decoded_layers}; {sizes}, rank 16, {tokens} tokens after a prompt of 16"
+    )
+    return {"tables": [table(title, rows, ["tokens per second"])]}
+
+
 def qlora_step(sizes: Sizes) -> Result:
     """QLoRA steps of a model of LLaMA 7B's shape, as `headline.py` makes them."""
     import headline
@@ -221,7 +267,6 @@ def qlora_step(sizes: Sizes) -> Result:
 
 def paging(sizes: Sizes) -> Result:
     """`paged.py`: the optimizer with and without a limit of memory. Last, as it uses all of it."""
-    import contextlib
     import io
 
     import paged
@@ -239,7 +284,7 @@ def paging(sizes: Sizes) -> Result:
 
 STEPS: dict[str, Callable[[Sizes], Result]] = {
     step.__name__: step
-    for step in (smoke, crossover, tune, bitsandbytes, decode, qlora_step, paging)
+    for step in (smoke, crossover, tune, bitsandbytes, decode, generate, qlora_step, paging)
 }
 
 
