@@ -28,7 +28,7 @@ demo: .venv/demo
 
 test: .venv/dev .venv/demo lint
 	@echo "== tests"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 
 notebooks: .venv/dev .venv/demo
 	@echo "== notebooks"
@@ -68,7 +68,7 @@ test-triton-matrix: .venv/dev
 	  rm -rf .venv/other-triton ; \
 	  $(BIN)/pip install -q --no-deps --target .venv/other-triton $$version || exit 1 ; \
 	  echo "== $$(ls -d .venv/other-triton/triton-*.dist-info)" ; \
-	  PYTHONPATH=.venv/other-triton OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 $(TRITON_TESTS) || exit 1 ; \
+	  PYTHONPATH=.venv/other-triton OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal $(TRITON_TESTS) || exit 1 ; \
 	done ; rm -rf .venv/other-triton
 
 lint: .venv/dev

@@ -3,6 +3,7 @@
 No network, Triton interpreted, one thread per worker, hypothesis without deadlines.
 """
 
+import gc
 import os
 import signal
 
@@ -13,7 +14,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 # Before anything imports triton. With a GPU: TRITON_INTERPRET=0, `make test-gpu`.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,24 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Workers that compete for the cores are ten times slower.
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_imported_is_not_searched_for_garbage(frozen: None) -> None:
+    """A garbage collection goes through the objects of the file's own tests, not through all.
+
+    Every model that is loaded and every step that is retried starts one. With all libraries and
+    test files imported it would go through more than a million objects each time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def frozen() -> Iterator[None]:
+    yield
+    # Libraries complain at exit of objects that are not freed.
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

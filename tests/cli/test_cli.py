@@ -11,6 +11,7 @@ import command_page
 import pytest
 import torch
 import typer
+from command_line import run_main
 
 import minilora
 from minilora.cli import app, attribute_texts, options_of, parse_targets
@@ -36,7 +37,13 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_commands_from_data_to_a_merged_model(folder: Path, data: Path, tmp_path: Path) -> None:
+def test_the_commands_from_data_to_a_merged_model(
+    folder: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run, merged, model = str(tmp_path / "run"), str(tmp_path / "merged"), str(folder)
 
     options = ["--model", model, "--data", str(data), "--out", run, "--steps", "3", "--lr", "0.01"]
@@ -63,15 +70,20 @@ def test_the_commands_from_data_to_a_merged_model(folder: Path, data: Path, tmp_
     found = whole.state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
-    done = minilora_command("merge", "--model", model, *options)
-    assert done.returncode == 1 and f"minilora: {merged} already exists" in done.stderr
+    code, err = run_main(capsys, monkeypatch, "merge", "--model", model, *options)
+    assert code == 1 and f"minilora: {merged} already exists" in err
 
 
-def test_an_error_is_one_line(tmp_path: Path, folder: Path) -> None:
+def test_an_error_is_one_line(
+    tmp_path: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     options = ["--model", str(folder), "--data", "nowhere.jsonl", "--out", str(tmp_path / "run")]
-    done = minilora_command("finetune", *options)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "minilora: nowhere.jsonl does not exist" in done.stderr
+    code, err = run_main(capsys, monkeypatch, "finetune", *options)
+    assert code == 1 and "Traceback" not in err
+    assert "minilora: nowhere.jsonl does not exist" in err
 
 
 def flags(command: str) -> list[str]:

@@ -7,24 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import run_main
 from safetensors import SafetensorError
 
-from minilora.cli import main
 from minilora.reports.errors import INTERNAL_ERROR, describe
 
 START = [sys.executable, "-m", "minilora"]
-
-
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
-) -> tuple[Any, str]:
-    """Runs `main` in this process; returns the exit code and what is on standard error."""
-    monkeypatch.setattr(sys, "argv", ["minilora", *arguments])
-    monkeypatch.setattr("minilora.cli.discard_output", lambda: None)
-    monkeypatch.setattr("warnings.showwarning", None)
-    with pytest.raises(SystemExit) as left:
-        main()
-    return left.value.code, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -55,7 +43,7 @@ def test_debug_shows_the_traceback(
 
     monkeypatch.setattr("minilora.reports.dry_run.read_config", fails)
     arguments = ["--debug"] * debug + ["plan", "--model", "x"]
-    code, err = run(capsys, monkeypatch, *arguments)
+    code, err = run_main(capsys, monkeypatch, *arguments)
     assert code == INTERNAL_ERROR and ("Traceback" in err) == debug
     line = err.splitlines()[-1]
     assert line.startswith("minilora: internal error: KeyError") and "--debug" in line
@@ -65,7 +53,7 @@ def test_debug_shows_the_traceback(
 def test_a_usage_error_is_one_line_that_only_prints(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, err = run(capsys, monkeypatch, "plan", "--model", "x", "--\u202e\x1b[2J")
+    code, err = run_main(capsys, monkeypatch, "plan", "--model", "x", "--\u202e\x1b[2J")
     assert code == 2 and err.count("\n") == 1 and err.startswith("minilora: No such option")
     assert "--help" in err and "\u202e" not in err and "\x1b" not in err
 
@@ -75,7 +63,7 @@ def test_an_unknown_device_is_named_with_what_there_is(
     device: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--model", str(folder), "--prompt", "x", "--device", device]
-    code, err = run(capsys, monkeypatch, "generate", *options)
+    code, err = run_main(capsys, monkeypatch, "generate", *options)
     assert code == 1 and f"device='{device}': this machine has cpu" in err
 
 
@@ -91,7 +79,7 @@ def test_a_warning_is_one_line_without_a_path(
 
     monkeypatch.setattr("minilora.reports.dry_run.read_config", warns)
     with warnings.catch_warnings():
-        _, err = run(capsys, monkeypatch, "plan", "--model", "x")
+        _, err = run_main(capsys, monkeypatch, "plan", "--model", "x")
     assert err.splitlines() == ["minilora: warning: a layer \\x1b[31m", "minilora: x"]
 
 

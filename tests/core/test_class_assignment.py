@@ -28,20 +28,22 @@ every_kind = pytest.mark.parametrize(
     ("name", "quantized"), KINDS, ids=[f"{n}-{'nf4' if q else 'dense'}" for n, q in KINDS]
 )
 
-# Compiling takes seconds for each.
-COMPILED = [("llama", True), ("t5", True)]
-some_kinds = pytest.mark.parametrize(
-    ("name", "quantized"),
-    [pytest.param(*k, marks=[] if k in COMPILED else [pytest.mark.soak]) for k in KINDS],
-    ids=[f"{n}-{'nf4' if q else 'dense'}" for n, q in KINDS],
+# Compiling takes seconds for each layer.
+compiled_kinds = pytest.mark.parametrize(
+    ("name", "quantized", "layers"),
+    [
+        ("llama", True, 1),
+        ("t5", True, 1),
+        *(pytest.param(*kind, 2, marks=pytest.mark.soak) for kind in KINDS),
+    ],
 )
 
 Run = Callable[[nn.Module], Tensor]
 
 
-def make(name: str, quantized: bool) -> tuple[Any, Run]:
+def make(name: str, quantized: bool, layers: int = 2) -> tuple[Any, Run]:
     """A small model with its forward; in 4 bits all linear layers that are not tied."""
-    model, run = tiny_model(name)
+    model, run = tiny_model(name, layers)
     if quantized:
         quantize_untied(model)
     return model.requires_grad_(False), run
@@ -141,10 +143,12 @@ def test_a_deep_copy_and_a_pickle_compute_the_same(name: str, quantized: bool) -
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own tracing
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@some_kinds
-def test_a_compiled_model_follows_inject_use_disabled_and_eject(name: str, quantized: bool) -> None:
+@compiled_kinds
+def test_a_compiled_model_follows_inject_use_disabled_and_eject(
+    name: str, quantized: bool, layers: int
+) -> None:
     torch._dynamo.reset()
-    model, run = make(name, quantized)
+    model, run = make(name, quantized, layers)
     base = run(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 

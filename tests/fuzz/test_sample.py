@@ -1,16 +1,7 @@
 """The first cases of every family. `make fuzz` tries more, `make fuzz FULL=1` all of them."""
 
-import gc
-from collections.abc import Iterator
-
 import fuzzing
 import pytest
-
-
-@pytest.fixture(autouse=True)
-def garbage_of_later_tests_is_collected() -> Iterator[None]:
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", fuzzing.family_names())

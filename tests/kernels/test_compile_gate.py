@@ -267,6 +267,12 @@ def test_a_loop_is_what_a_backward_branch_encloses() -> None:
     assert machine_code.loops(lines) == []
 
 
+def test_a_kernel_behind_others_is_described_as_if_it_were_alone() -> None:
+    branch, load = (0x1230, "BRA", " 0x1210"), (0x1220, "LDG.E", " R2, [R4+0x1210]")
+    assert machine_code._moved(branch, 0x1200) == (0x30, "BRA", " 0x10")
+    assert machine_code._moved(load, 0x1200) == (0x20, "LDG.E", " R2, [R4+0x1210]")
+
+
 def test_more_instructions_than_recorded_are_seen() -> None:
     version, targets = next(iter(BUDGET.items()))
     target, budget = next(iter(targets.items()))

@@ -29,9 +29,12 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if not is_editable(finder
 
 
 def copied(where: Path) -> Path:
-    """A copy of what a checkout needs to run the core's tests."""
+    """A copy of what a checkout needs to run the core's tests.
+
+    With the machine code of the CPU's kernels, where they have been compiled, and no other cache.
+    """
     for name in ("minilora", "kernels", "tests", "docs"):
-        ignored = shutil.ignore_patterns("__pycache__")
+        ignored = shutil.ignore_patterns("*.pyc*", "*.tmp.*")
         shutil.copytree(ROOT / name, where / name, symlinks=True, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", where)
     (where / "sitecustomize.py").write_text(NOT_INSTALLED)

@@ -13,7 +13,7 @@ without TRITON_INTERPRET.
 import argparse
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -258,21 +258,35 @@ def weights_per_thread(given: dict[str, Any], warps: int) -> float:
     return given["BO"] * given["BI"] / threads if "BI" in given else 0
 
 
-def measure(launch: Launch, target: str) -> dict[str, Any]:
-    """Compiles a launch and describes its machine code."""
-    k, given, options = compiled(launch, target)
+def measure(launches: Iterable[Launch], target: str) -> list[dict[str, Any]]:
+    """Compiles launches and describes their machine code."""
+    held = list(launches)
+    built = [compiled(launch, target) for launch in held]
+    if target.startswith("gfx"):
+        found = [machine_code.measure_amd(k.asm["amdgcn"]) for k, _, _ in built]
+    else:
+        cubins = [k.asm["cubin"] for k, _, _ in built]
+        codes = machine_code.sass_of_all(cubins, machine_code.architecture(built[0][0]))
+        found = [
+            machine_code.measure_nvidia(
+                k, code, weights_per_thread(given, options["num_warps"]), 32 * options["num_warps"]
+            )
+            for (k, given, options), code in zip(built, codes, strict=True)
+        ]
+    return [described(*parts, target) | row for *parts, row in zip(held, built, found, strict=True)]
+
+
+def described(launch: Launch, built: tuple[Any, ...], target: str) -> dict[str, Any]:
+    """What a launch is, and what its kernel may use."""
+    k, given, options = built
     constants = {n: v for n, v in given.items() if n.isupper() and isinstance(v, int)}
-    row = {
+    return {
         "case": launch.case,
         "kernel": launch.kernel.__name__,
         "target": target,
         "shared": k.metadata.shared,
         "meta": constants | options,
     }
-    if target.startswith("gfx"):
-        return row | machine_code.measure_amd(k.asm["amdgcn"])
-    weights = weights_per_thread(given, options["num_warps"])
-    return row | machine_code.measure_nvidia(k, weights, threads=32 * options["num_warps"])
 
 
 def record() -> None:
@@ -287,7 +301,7 @@ def record() -> None:
         if target.startswith("gfx"):
             continue
         held = of_version.get(target, {})
-        rows = [measure(launch, target) for launch in launches(target)]
+        rows = measure(launches(target), target)
         found = {f"{row['case']}: {row['kernel']}": row["instructions"] for row in rows}
         of_version[target] = {key: min(n, held.get(key, n)) for key, n in found.items()}
 
@@ -304,7 +318,7 @@ def main() -> None:
         return record()
 
     chosen = sample if args.sample else launches
-    rows = [measure(launch, target) for target in args.targets for launch in chosen(target)]
+    rows = [row for target in args.targets for row in measure(chosen(target), target)]
     print(json.dumps({"triton": triton.__version__, "rows": rows}))
     return None
 

@@ -86,12 +86,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_model(name: str) -> tuple[Any, Callable[[nn.Module], Tensor]]:
+def tiny_model(name: str, layers: int = 2) -> tuple[Any, Callable[[nn.Module], Tensor]]:
     """A random model of one of ARCHITECTURES in eval mode, and what calls it: model -> logits."""
     import transformers
 
     kind, options = ARCHITECTURES[name]
-    config = transformers.AutoConfig.for_model(name, **options)
+    depth = {"num_layers" if name == "t5" else "num_hidden_layers": layers}
+    config = transformers.AutoConfig.for_model(name, **options | depth)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, kind).from_config(config).eval()

@@ -6,14 +6,17 @@ copies a loop waits for), PTX, and the machine code, which is SASS on NVIDIA.
 
 import math
 import re
+import struct
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # A product on tensor cores, up to sm_89 and on sm_120, on sm_90, and on sm_100.
 _PRODUCT = re.compile(r"tt\.dot |ttng\.warp_group_dot |ttng\.tc_gen5_mma")
@@ -63,11 +66,6 @@ def _loops_of_ttgir(ttgir: str) -> list[str]:
     return [m[0] for m in re.finditer(r"^( *)[^\n]*scf\.for .*?^\1\}", ttgir, re.M | re.S)]
 
 
-def _cuobjdump(flag: str, path: str) -> str:
-    command = [str(CUOBJDUMP), flag, path]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 class Sass(NamedTuple):
     """A kernel's instructions (address, name, operands) without padding, and what it occupies."""
 
@@ -77,17 +75,76 @@ class Sass(NamedTuple):
 
 
 def sass(cubin: bytes) -> Sass:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = _cuobjdump("-sass", file.name)
-        usage = _cuobjdump("--dump-resource-usage", file.name)
+    """Disassembles one kernel."""
+    with _file(cubin) as path:
+        return _with_usage(cubin, _instructions(_run("cuobjdump", "-sass", path)))
 
+
+def sass_of_all(cubins: list[bytes], architecture: str) -> list[Sass]:
+    """Disassembles kernels for the same architecture, as "sm_90a".
+
+    The disassembler takes a third of a second to start, so it gets the instructions of all of them
+    one behind the other.
+    """
+    codes = [_code(cubin) for cubin in cubins]
+    with _file(b"".join(codes)) as path:
+        kind = architecture.upper().replace("_", "").replace("A", "a")
+        lines = iter(_instructions(_run("nvdisasm", "--binary", kind, path)))
+
+    found, start = [], 0
+    for cubin, code in zip(cubins, codes, strict=True):
+        own = [next(lines) for _ in range(len(code) // _INSTRUCTION)]
+        found.append(_with_usage(cubin, [_moved(line, start) for line in own]))
+        start += len(code)
+    return found
+
+
+# Bytes.
+_INSTRUCTION = 16
+
+
+def _code(cubin: bytes) -> bytes:
+    """The section with instructions of an ELF file of 64 bits that holds one kernel."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    (count,) = struct.unpack_from("<H", cubin, 0x3C)
+    sections = [struct.unpack_from("<2I4Q2I2Q", cubin, table + 64 * i) for i in range(count)]
+    (code,) = (s for s in sections if s[2] & 0x4)
+    offset, size = code[4:6]
+    return cubin[offset : offset + size]
+
+
+def _moved(line: tuple[int, str, str], start: int) -> tuple[int, str, str]:
+    """An instruction as it is where its kernel starts at address 0."""
+    address, name, rest = line
+    if name.startswith("BRA"):
+        rest = re.sub(r"0x([0-9a-f]+)", lambda to: hex(int(to[1], 16) - start), rest)
+    return address - start, name, rest
+
+
+def _run(tool: str, *arguments: str) -> str:
+    command = [str(BIN / tool), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@contextmanager
+def _file(content: bytes) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(content)
+        file.flush()
+        yield file.name
+
+
+def _instructions(text: str) -> list[tuple[int, str, str]]:
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", text)
-    lines = [(int(address, 16), name, rest) for address, name, rest in found]
+    return [(int(address, 16), name, rest) for address, name, rest in found]
+
+
+def _with_usage(cubin: bytes, lines: list[tuple[int, str, str]]) -> Sass:
     while lines and lines[-1][1] in ("NOP", "BRA"):
         lines.pop()
 
+    with _file(cubin) as path:
+        usage = _run("cuobjdump", "--dump-resource-usage", path)
     occupied = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert lines and occupied, "cuobjdump printed something else than expected"
     return Sass(lines, stack=int(occupied[2]), registers=int(occupied[1]))
@@ -104,10 +161,16 @@ def loops(lines: list[tuple[int, str, str]]) -> list[list[str]]:
     return sorted(found, key=len, reverse=True)
 
 
-def measure_nvidia(k: Any, weights: float, threads: int) -> dict[str, Any]:
+def architecture(k: Any) -> str:
+    """What a kernel is assembled for, as "sm_90a"."""
+    found = re.search(r"\.target (sm_\w+)", k.asm["ptx"])
+    assert found, "the PTX names no target"
+    return found[1]
+
+
+def measure_nvidia(k: Any, code: Sass, weights: float, threads: int) -> dict[str, Any]:
     """Describes a kernel that decodes so many weights per thread, in its loop if it has one."""
     ptx, ttgir = k.asm["ptx"], k.asm["ttgir"]
-    code = sass(k.asm["cubin"])
     found = loops(code.lines)
     body = found[0] if found else [name for _, name, _ in code.lines]
     wide = [name for _, name, _ in code.lines if ".128" in name]

@@ -8,6 +8,7 @@ a process with threads must not be forked.
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -130,19 +131,26 @@ def server() -> Server:
 
 
 def import_everything() -> None:
-    """What each child would import."""
+    """What each child would import, and then search for garbage."""
     import accelerate
     import torch._dynamo
     import tqdm
     import transformers.models.llama.modeling_llama
 
     import minilora.cli
+    import minilora.kernels.cpu.attention
+    import minilora.kernels.cpu.dense
+    import minilora.kernels.cpu.rms_norm
+    import minilora.kernels.cpu.rotary
+    import minilora.kernels.cpu.softmax
+    import minilora.kernels.cpu.swiglu
     import minilora.training  # noqa: F401
 
     del accelerate, torch, tqdm, transformers
     for name in ("matplotlib.figure", "matplotlib.backends.backend_agg", "tensorboard.summary"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    gc.freeze()
 
 
 def serve() -> None:

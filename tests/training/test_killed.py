@@ -4,6 +4,7 @@ What is left on the disk, what is printed, and that the run can be resumed.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 
 START = """
-# What each child would import.
-import transformers.models.llama.modeling_llama, accelerate, torch._dynamo, tqdm
+import tiny_runs
+tiny_runs.import_everything()
 import json, os, random, select, shutil, signal, sys, time
 from pathlib import Path
 import torch, minilora
@@ -287,6 +288,7 @@ print(json.dumps(found))
 def python(code: str, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:minilora", "-c", START + code, *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
         check=False,
