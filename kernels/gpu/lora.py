@@ -44,6 +44,11 @@ def nf4_inference(
     if A is None or B is None:
         return forward(x, w, bias, None)
 
+    if x.ndim > 2 and not x.is_contiguous():
+        # PyTorch would multiply each sequence by a copy of A.
+        y = nf4_inference(x.reshape(-1, x.shape[-1]), w, bias, A, B, scale)
+        return y.view(*x.shape[:-1], y.shape[1])
+
     z = F.linear(x, in_dtype(A, x.dtype))
     return forward(x, w, bias, LowRank(z, in_dtype(B, x.dtype), scale))
 

@@ -79,7 +79,7 @@ def steps(dry_run: bool) -> list[Step]:
         own("tune", "The fastest paths of three shapes, stored for this user.", dry_run),
         own("bitsandbytes", "minilora against bitsandbytes and cuBLAS.", dry_run),
         own("decode", "A decoder's tokens per second, eager and as a CUDA graph.", dry_run),
-        own("generate", "transformers' generation, eager and inside decode_graph.", dry_run),
+        own("generate", "transformers' generation, as it is and inside decode_graph.", dry_run),
         own("QLoRA step", "Training steps of a model of LLaMA 7B's shape.", dry_run),
         own("paging", "PagedAdamW where its states do not fit.", dry_run),
     ]

@@ -221,15 +221,45 @@ def test_generation_as_a_graph_has_the_logits_of_eager_decoding() -> None:
     model = minilora.quantize(model.to(DEVICE, torch.bfloat16).eval())
     helpers.randomize(minilora.inject(model, r=4), "default", size=0.1)
 
-    prompts = torch.tensor([[0, 0, 3, 4], [5, 6, 7, 8]], device=DEVICE)
+    padded = torch.tensor([[0, 0, 3, 4], [5, 6, 7, 8]], device=DEVICE)
     told = {"return_dict_in_generate": True, "output_logits": True, "disable_compile": True}
     answer = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
-    def logits() -> Tensor:
+    def logits(prompts: Tensor) -> Tensor:
         asked = {"input_ids": prompts, "attention_mask": (prompts > 0).long()}
         options = {"cache_implementation": "static", **told, **answer}
         return torch.stack(model.generate(**asked, **options).logits)
 
-    expected = logits()
     with decode_graph(model):
-        assert torch.equal(logits(), expected)
+        graphs = [logits(padded), logits(padded[1:])]
+        helpers.randomize(model, "default", size=0.2)
+        graphs.append(logits(padded))
+    assert torch.equal(graphs[2], logits(padded))
+    helpers.randomize(model, "default", size=0.1)
+    assert torch.equal(graphs[0], logits(padded)) and torch.equal(graphs[1], logits(padded[1:]))
+    assert not torch.equal(graphs[0], graphs[2])
+
+
+def test_a_refused_graph_leaves_sampling_and_other_graphs_as_they_were() -> None:
+    transformers = pytest.importorskip("transformers", reason="the models are transformers' own")
+    from minilora.huggingface import NotRecordableError, decode_graph
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 300}
+    parts = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, **parts)
+    model, other = (transformers.LlamaForCausalLM(config).to(DEVICE).eval() for _ in range(2))
+
+    def waits(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        output.sum().item()
+
+    model.model.norm.register_forward_hook(waits)
+
+    prompt = torch.tensor([[5, 6, 7, 8]], device=DEVICE)
+    asked = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "max_new_tokens": 9}
+    refused = pytest.raises(NotRecordableError, match="the CPU waits for the GPU")
+    with refused, decode_graph(model):
+        model.generate(**asked)
+    assert model.generate(**asked, do_sample=True).shape[1] > 4
+    with decode_graph(other):
+        found = other.generate(**asked, do_sample=False)
+    assert torch.equal(found, other.generate(**asked, do_sample=False))

@@ -137,6 +137,15 @@ def test_the_short_way_and_the_operator_launch_the_same(launches: list[Launch]) 
         launches.clear()
 
 
+@torch.no_grad()
+def test_x_with_gaps_is_multiplied_by_one_copy_of_A(launches: list[Launch]) -> None:
+    _, adapted = layers()
+    x = gaussian(4, 3, 2 * I).bfloat16()[..., :I]
+    assert adapted(x).shape == (4, 3, O)
+    found = operators(lambda: adapted(x))
+    assert found["aten::mm"] and not found["aten::bmm"]
+
+
 def ops_weight(layer: Any) -> Any:
     """The weight of a layer as an operator gives it to a kernel."""
     return ops.PackedWeight(*ops._flatten(layer.weight))
