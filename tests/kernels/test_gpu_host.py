@@ -138,7 +138,7 @@ def test_the_short_way_and_the_operator_launch_the_same(launches: list[Launch]) 
 
 
 @torch.no_grad()
-def test_x_with_gaps_is_multiplied_by_one_copy_of_A(launches: list[Launch]) -> None:
+def test_x_with_gaps_is_multiplied_as_a_matrix(launches: list[Launch]) -> None:
     _, adapted = layers()
     x = gaussian(4, 3, 2 * I).bfloat16()[..., :I]
     assert adapted(x).shape == (4, 3, O)
