@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocating import allocating_with
 from torch import Tensor
 
 from minilora.kernels.reference.nf4 import PackedWeight
@@ -29,8 +30,6 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 # Bytes of 0xFF before and after a buffer: NaN in every float format.
 GUARD = 4096
-
-_empty = torch.empty
 
 
 class Buffers:
@@ -92,11 +91,8 @@ def on_device(w: PackedWeight) -> PackedWeight:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[Buffers]:
-    """Inside, torch.empty gives guarded memory full of NaN: the kernels' launchers call it."""
+    """Inside, the kernels' launchers allocate guarded memory full of NaN."""
     buffers = Buffers()
-    torch.empty = buffers.empty  # type: ignore[assignment]
-    try:
+    with allocating_with(buffers.empty):
         yield buffers
-    finally:
-        torch.empty = _empty
     buffers.check()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import compile_gate
 import torch
+from allocating import allocating_with, torch_empty
 from ptx_machine import Machine
 from ptx_program import parse
 from torch import Tensor
@@ -110,20 +111,17 @@ def emulated(target: str = "", change: Change | None = None) -> Iterator[list[Ex
         machine.run(grid)
         executed.append(Executed(kernel.__name__, grid, machine.counts))
 
-    before = runtime.start, runtime.INTERPRETED, torch.empty
+    before = runtime.start, runtime.INTERPRETED
     runtime.start, runtime.INTERPRETED = start, True
-    torch.empty = _filled
     try:
-        yield executed
+        with allocating_with(_filled):
+            yield executed
     finally:
-        runtime.start, runtime.INTERPRETED, torch.empty = before
-
-
-_empty = torch.empty
+        runtime.start, runtime.INTERPRETED = before
 
 
 def _filled(*size: Any, **kinds: Any) -> Tensor:
     """As torch.empty, filled with 0xFF: what a kernel leaves out is NaN."""
-    t = _empty(*size, **kinds)
+    t = torch_empty(*size, **kinds)
     t.view(-1).view(torch.uint8).fill_(0xFF)
     return t
