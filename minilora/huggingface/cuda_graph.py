@@ -9,8 +9,8 @@ recorded, the same kernels on the same addresses. Therefore
 * all that changes from step to step must be in the GPU's memory. A number that Python holds would
   stay what it was, and a tensor that Python replaces would be read where the old one was.
 
-One step is computed before under observation. A model that waits for the GPU in it, or that gives
-an attribute of its own, or of the cache, another value, is refused.
+The step before is observed. A model that waits for the GPU in it, or sets an attribute of its own
+or of its cache, is refused.
 """
 
 import functools
