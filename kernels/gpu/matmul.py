@@ -140,14 +140,14 @@ def _checked_term(low: LowRank | None, x: Tensor, M: int, N: int) -> LowRank | N
     if low is None:
         return None
 
-    left, right, scale = low
+    left, right, _ = low
     r, device = left.shape[-1], x.device
     fits = left.numel() == M * r and right.shape == (N, r)
     same_dtype = left.dtype == right.dtype == x.dtype
     if not (fits and same_dtype and left.device == device and right.device == device):
         _check_factor("left", torch.atleast_2d(left).flatten(0, -2), (M, r), x)
         _check_factor("right", right, (N, r), x)
-    return low if left.is_contiguous() else LowRank(left.contiguous(), right, scale)
+    return low if left.is_contiguous() else low._replace(left=left.contiguous())
 
 
 def _matrices(rows: Tensor, low: LowRank | None, M: int) -> tuple[Tensor, LowRank | None]:

@@ -71,7 +71,7 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 class LowRank(NamedTuple):
     """The term scale * left right^T of a product, both factors in the dtype of x.
 
-    left: [M, r] or [.., r], contiguous
+    left: [.., r], M rows, contiguous
     right: [N, r], in any strides
     """
 

@@ -206,9 +206,7 @@ def skinny_forward(x: Tensor, w: PackedWeight, bias: Tensor | None, low: LowRank
 def _partial_sums(x: Tensor, w: PackedWeight) -> Tensor:
     """Returns the sums over each span of columns, float32 [spans, M, O]."""
     (O, I), device = w.shape, x.device
-    M, stride = x.shape[0], x.stride(0)
-    if x.ndim != 2:
-        M, stride = x.numel() // I, I
+    M, stride = (x.shape[0], x.stride(0)) if x.ndim == 2 else (x.numel() // I, I)
     capability = runtime.capability_of(device)
     plan = _plan(M, O, I, w.block_size, w.quant_type, x.dtype, device, capability)
     partial = x.new_empty(plan.programs[1], M, O, dtype=torch.float32)

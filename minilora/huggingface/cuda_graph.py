@@ -32,6 +32,9 @@ _OBSERVED = 3
 # Of transformers' generation config.
 _OPTIONS = {"cache_implementation": "static", "disable_compile": True}
 
+# In PyTorch's error where the CPU would wait for the GPU.
+_WAITING = "synchronizing CUDA operation"
+
 # Attributes that transformers leaves on a model: the length of a static cache, or the cache.
 _LEFT = ("_previous_max_cache_length", "_cache")
 
@@ -106,10 +109,6 @@ def refuse_to_wait() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
-
-
-# PyTorch's words.
-_WAITING = "synchronizing CUDA operation"
 
 
 def record(step: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
@@ -217,9 +216,9 @@ class _Steps:
 
     def _record(self, args: Any, options: Any) -> _Recorded:
         names, inputs = _flatten(args, options)
+        structure = pytree.tree_structure((args, options), is_leaf=_is_cache)
         cache = _cache_attributes(inputs)
         places = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
-        structure = pytree.tree_structure((args, options), is_leaf=_is_cache)
         args, options = pytree.tree_unflatten(places, structure)
         handled = sys.exc_info()[1]
         try:
