@@ -84,7 +84,7 @@ def sass_of_all(cubins: list[bytes], architecture: str) -> list[Sass]:
     """Disassembles kernels for the same architecture, as "sm_90a".
 
     The disassembler takes a third of a second to start, so it gets the instructions of all of them
-    one behind the other.
+    one after the other.
     """
     codes = [_code(cubin) for cubin in cubins]
     with _file(b"".join(codes)) as path:
